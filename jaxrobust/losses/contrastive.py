@@ -1,0 +1,231 @@
+"""Per-example contrastive losses on embeddings, with negatives gathered over the mesh.
+
+Inside `shard_map` or `pmap`, `axis_name` gathers the candidates of all devices, so that [b] local
+losses, put together, equal the losses of the global batch on one device. The gather's transpose
+sums over the devices: the gradient of the *local sum* of losses with respect to a local embedding
+(or image) is the gradient of the *global sum*. Under `jit` (global view) leave `axis_name` None.
+
+An attack must name the same axis as training does, or its negatives, and with them the threat
+model, change with the number of devices.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, Real
+from jaxtyping import ArrayLike as Number
+
+from jaxrobust.losses._checks import (
+    at_least_float32,
+    check_embeddings,
+    check_labels,
+    check_positive,
+)
+from jaxrobust.losses.classification import negative_log_likelihood
+
+AxisName = str | tuple[str, ...] | None
+
+
+def unit_rows(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Scale every row to length 1; a zero row stays zero.
+
+    y_i = x_i / |x_i|_2
+
+    Args:
+        x: [..., d] vectors of any scale, from 1e-38 to 1e38.
+
+    Returns:
+        [..., d] unit vectors, at least float32. At a zero row the gradient is that of the
+        identity: finite, and able to move off.
+    """
+    x = at_least_float32(x)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    empty = largest < jnp.finfo(x.dtype).tiny
+    # Dividing by the largest entry first keeps the squares in range; the direction, and so the
+    # gradient, do not depend on it. Both `where`s are needed: 0 / 0 would leave NaN behind.
+    x = x / jnp.where(empty, 1.0, largest)
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.where(empty, 1.0, squares))
+
+
+def info_nce(
+    anchors: Float[Array, "b d"],
+    positives: Float[Array, "b d"],
+    *,
+    temperature: Real[Number, ""] = 0.1,
+    axis_name: AxisName = None,
+) -> Float[Array, "b"]:
+    """InfoNCE: each anchor must find its own positive among all positives of the batch.
+
+    loss_i = -log( exp(s_ii / t) / sum_j exp(s_ij / t) ),  s_ij = cosine(anchor_i, positive_j)
+
+    Args:
+        anchors: [b, d] embeddings of one view; any scale, normalised here.
+        positives: [b, d] embeddings of the other view; row i belongs to anchor i.
+        temperature: t > 0, no unit.
+        axis_name: mesh axis over which `positives` are gathered, so that negatives come from
+            the whole global batch.
+
+    Returns:
+        [b] losses in nats, >= 0, not reduced.
+
+    Raises:
+        ValueError: the two views have different shapes, or temperature <= 0.
+
+    Source: van den Oord et al. 2018, eq. 4.
+    """
+    check_embeddings(anchors, positives, ("anchors", "positives"))
+    check_positive(temperature, "temperature")
+    similarity = _similarity(unit_rows(anchors), _gather(unit_rows(positives), axis_name))
+    own = _global_index(anchors.shape[0], axis_name)
+    return negative_log_likelihood(similarity / temperature, own)
+
+
+def nt_xent(
+    z1: Float[Array, "b d"],
+    z2: Float[Array, "b d"],
+    *,
+    temperature: Real[Number, ""] = 0.5,
+    axis_name: AxisName = None,
+) -> Float[Array, "b"]:
+    """NT-Xent (SimCLR): each view must find its twin among all other views of the batch.
+
+    loss_i = (l(z1_i, z2_i) + l(z2_i, z1_i)) / 2
+    l(u, v) = -log( exp(cos(u, v) / t) / sum_{w != u} exp(cos(u, w) / t) ),  w over all 2 n views
+
+    Args:
+        z1: [b, d] embeddings of the first view; any scale, normalised here.
+        z2: [b, d] embeddings of the second view; row i shows the same example as z1's.
+        temperature: t > 0, no unit.
+        axis_name: mesh axis over which both views are gathered.
+
+    Returns:
+        [b] losses in nats, >= 0, not reduced; their mean over the global batch is SimCLR's loss.
+
+    Raises:
+        ValueError: the two views have different shapes, or temperature <= 0.
+
+    Source: Chen et al. 2020 (SimCLR), eq. 1.
+    """
+    check_embeddings(z1, z2, ("z1", "z2"))
+    check_positive(temperature, "temperature")
+    z1, z2 = unit_rows(z1), unit_rows(z2)
+    all_1, all_2 = _gather(z1, axis_name), _gather(z2, axis_name)
+    first = _global_index(z1.shape[0], axis_name)
+    second = first + all_1.shape[0]
+    similarity = _similarity(jnp.concatenate([z1, z2]), jnp.concatenate([all_1, all_2]))
+    logits = _without_self(similarity / temperature, jnp.concatenate([first, second]))
+    losses = negative_log_likelihood(logits, jnp.concatenate([second, first]))
+    return jnp.mean(losses.reshape(2, -1), axis=0)
+
+
+def supervised_contrastive(
+    embeddings: Float[Array, "b d"],
+    labels: Integer[Array, "b"],
+    *,
+    second_view: Float[Array, "b d"] | None = None,
+    temperature: Real[Number, ""] = 0.1,
+    axis_name: AxisName = None,
+) -> Float[Array, "b"]:
+    """Supervised contrastive loss: each anchor must find everything that shares its label.
+
+    loss_i = -1 / |P(i)| sum_{p in P(i)} log( exp(s_ip / t) / sum_{a != i} exp(s_ia / t) )
+    P(i) = {p != i : label_p = label_i},  s = cosine
+
+    Args:
+        embeddings: [b, d] embeddings; any scale, normalised here.
+        labels: [b] integers; equal numbers are one class.
+        second_view: [b, d] embeddings of another view of the same examples, or None. With it
+            both views are anchors and candidates, and loss_i is the mean over example i's two.
+        temperature: t > 0, no unit.
+        axis_name: mesh axis over which embeddings and labels are gathered.
+
+    Returns:
+        [b] losses in nats, >= 0, not reduced; 0 where nothing else shares the label. The authors'
+        code multiplies by temperature / 0.07 on top, which eq. 2 does not.
+
+    Raises:
+        ValueError: shapes do not match, or temperature <= 0.
+
+    Source: Khosla et al. 2020, eq. 2 (L_out).
+    """
+    views = [embeddings] if second_view is None else [embeddings, second_view]
+    check_embeddings(embeddings, views[-1], ("embeddings", "second_view"))
+    check_labels(labels, len(embeddings))
+    check_positive(temperature, "temperature")
+    views = [unit_rows(view) for view in views]
+    gathered = [_gather(view, axis_name) for view in views]
+    index = _global_index(embeddings.shape[0], axis_name)
+    total = gathered[0].shape[0]
+    own = jnp.concatenate([index + v * total for v in range(len(views))])
+    similarity = _similarity(jnp.concatenate(views), jnp.concatenate(gathered)) / temperature
+    same = labels[:, None] == _gather(labels, axis_name)[None, :]
+    losses = _mean_over_positives(similarity, jnp.tile(same, (len(views), len(views))), own)
+    return jnp.mean(losses.reshape(len(views), -1), axis=0)
+
+
+def clip_loss(
+    image_embeddings: Float[Array, "b d"],
+    text_embeddings: Float[Array, "b d"],
+    logit_scale: Real[Number, ""] = 1 / 0.07,
+    *,
+    axis_name: AxisName = None,
+) -> Float[Array, "b"]:
+    """CLIP's symmetric loss: each image must find its text, and each text its image.
+
+    loss_i = -(log softmax_j(g s_ij)_i + log softmax_j(g s_ji)_i) / 2
+    s_ij = cosine(image_i, text_j)
+
+    Args:
+        image_embeddings: [b, d]; any scale, normalised here.
+        text_embeddings: [b, d]; row i is the caption of image i.
+        logit_scale: g > 0, the inverse temperature itself (CLIP learns its logarithm).
+        axis_name: mesh axis over which images and texts are gathered.
+
+    Returns:
+        [b] losses in nats, >= 0, not reduced.
+
+    Raises:
+        ValueError: shapes differ, or logit_scale <= 0.
+
+    Source: Radford et al. 2021 (CLIP), figure 3.
+    """
+    check_embeddings(image_embeddings, text_embeddings, ("image_embeddings", "text_embeddings"))
+    check_positive(logit_scale, "logit_scale")
+    images, texts = unit_rows(image_embeddings), unit_rows(text_embeddings)
+    own = _global_index(images.shape[0], axis_name)
+    to_text = logit_scale * _similarity(images, _gather(texts, axis_name))
+    to_image = logit_scale * _similarity(texts, _gather(images, axis_name))
+    return 0.5 * (negative_log_likelihood(to_text, own) + negative_log_likelihood(to_image, own))
+
+
+def _mean_over_positives(similarity, same, own):
+    """Khosla's eq. 2 for each row of [a, n] similarities; `own` is the row's own column."""
+    if similarity.shape[1] == 1:  # Alone in the world: no candidates, so no softmax over them.
+        return 0.0 * similarity[:, 0]
+    positive = same & (own[:, None] != jnp.arange(similarity.shape[1]))
+    normaliser = jax.nn.logsumexp(_without_self(similarity, own), axis=-1)
+    count = jnp.sum(positive, axis=-1)
+    surprise = jnp.where(positive, normaliser[:, None] - similarity, 0.0)
+    return jnp.sum(surprise, axis=-1) / jnp.maximum(count, 1)
+
+
+def _similarity(anchors, candidates):
+    # Accelerators round float32 products to about three digits by default; divided by a
+    # temperature of 0.07 that is a visible error in the loss.
+    return jnp.matmul(anchors, candidates.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _without_self(logits, own):
+    """Rule out each row's own column."""
+    return jnp.where(own[:, None] == jnp.arange(logits.shape[1]), -jnp.inf, logits)
+
+
+def _gather(x, axis_name):
+    """Candidates of all devices along the leading axis, in the order of the device index."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def _global_index(batch, axis_name):
+    """Where the local rows stand among the gathered ones."""
+    offset = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch
+    return offset + jnp.arange(batch)

@@ -1,0 +1,17 @@
+"""Eight fake devices, run-time shape checks, and warnings as errors for every test."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrobust/xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Shapes and types in the package's annotations are checked at every call the tests make.
+install_import_hook("jaxrobust", "beartype.beartype")
