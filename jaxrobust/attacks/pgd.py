@@ -1,0 +1,317 @@
+"""Projected gradient descent and its one-step relatives: PGD, momentum PGD, FGSM and N-FGSM.
+
+An attack is a value. Numbers (`eps`, `step_size`, `momentum`) are leaves of a pytree, so that new
+ones compile nothing and `vmap` runs over them; structure (`steps`, `norm`) is static:
+
+    attack = linf_pgd(eps=8 / 255, steps=10)
+    loss_fn = lambda x, params, labels: losses.cross_entropy(model.apply(params, x), labels)
+    x_adv = attack(loss_fn, x, key, args=(params, labels))
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxrobust import balls
+from jaxrobust.attacks import inputs, loop
+
+STARTS = ("uniform", "gaussian", "none")
+
+Number = Any  # a number or an array of numbers, concrete or traced
+LossFn = Callable[..., Array]
+
+
+def _value(data: tuple[str, ...], meta: tuple[str, ...]):
+    """Makes a frozen dataclass a pytree: `data` are leaves, `meta` is compiled in."""
+
+    def register(cls):
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+    return register
+
+
+@_value(data=("eps", "step_size", "momentum"), meta=("steps", "norm", "start", "bounds", "loop"))
+class PGD:
+    """Projected gradient ascent on a loss; made by `linf_pgd`, `l2_pgd`, `l1_pgd`, `fgsm`.
+
+    delta <- project(delta + step_size * ascend(grad loss(x + delta)))
+
+    Attributes:
+        eps: radius: a number, [b], or a map per pixel (`balls.broadcast_radius`).
+        step_size: length of a step, as `eps`; None stands for 2.5 eps / steps.
+        momentum: None, or mu >= 0: the direction is that of g <- mu g + grad / mean |grad|.
+        steps: how many gradients are taken.
+        norm: "linf", "l2" or "l1".
+        start: "uniform" in the ball, "gaussian" of standard deviation 0.001, or "none".
+        bounds: the box that x + delta stays in.
+        loop: the loop's form (`attacks.loop`).
+
+    Source: Madry et al. 2018; momentum: Dong et al. 2018, eq. 6; l1: Tramer and Boneh 2019,
+    with the box-aware projection and steps of Croce and Hein 2021.
+    """
+
+    eps: Number
+    step_size: Number | None = None
+    momentum: Number | None = None
+    steps: int
+    norm: str
+    start: str = "uniform"
+    bounds: tuple[float, float] = (0.0, 1.0)
+    loop: str = "auto"
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        x: Array,
+        key: Array | None = None,
+        mask: Array | None = None,
+        args: tuple = (),
+        *,
+        delta: Array | None = None,
+    ) -> Array:
+        """Attacks a batch.
+
+        Args:
+            loss_fn: (x, *args) -> [b] losses to raise. Pass the same function object every time,
+                and what changes through `args`: then an eager call compiles once.
+            x: [b, ...] float in `bounds`.
+            key: one typed key, or [b]; may be None when `start` draws nothing.
+            mask: broadcasts to x, 1 where a pixel may change and 0 where it must not; fractions
+                scale the radius.
+            args: arrays (or trees of them) that the loss takes besides x.
+            delta: [b, ...] a start of one's own, projected first.
+
+        Returns:
+            x_adv, of x's shape and type, inside ball and box; masked pixels are bit-identical.
+
+        Raises:
+            TypeError, ValueError: names the argument, its value and what was expected.
+        """
+        x = inputs.check_images(x, self.bounds)
+        start = "given" if delta is not None else self.start
+        key = inputs.example_keys(key, x.shape[0]) if start != "none" and start != "given" else None
+        if x.shape[0] == 0:
+            return x
+        carry, operands = _begin(self, start, x, key, mask, delta)
+        carry = loop.iterate(
+            _step,
+            carry,
+            self.steps,
+            operands=(*operands, args),
+            static=(loss_fn, self.norm, self.momentum is not None),
+            form=self.loop,
+        )
+        return _finish(x, carry[0], operands[1])
+
+
+@jax.jit(static_argnums=1)
+def _begin(attack, start, x, keys, mask, delta):
+    """The loop's carry (delta, velocity), and what its steps share."""
+    base = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    eps = balls.broadcast_radius(attack.eps, base)
+    step = 2.5 * eps / attack.steps if attack.step_size is None else attack.step_size
+    step = balls.broadcast_radius(step, base)
+    if mask is not None:
+        eps = eps * balls.broadcast_radius(mask, base)
+    step = step * (eps > 0)
+    room = _room(base, attack.bounds)
+    ball = balls.ball(attack.norm)
+    if start == "uniform":
+        delta = ball.sample(keys, eps, base.shape)
+    elif start == "gaussian":
+        delta = 1e-3 * jax.vmap(lambda k: jax.random.normal(k, base.shape[1:], base.dtype))(keys)
+    elif start == "none":
+        delta = jnp.zeros_like(base)
+    delta = jnp.broadcast_to(jnp.asarray(delta, base.dtype), base.shape)
+    delta = ball.project(delta, eps, *room)
+    velocity = None if attack.momentum is None else jnp.zeros_like(base)
+    return (delta, velocity), (base, eps, step, room, attack.momentum)
+
+
+def _room(x, bounds):
+    """How far each pixel may go down and up; 0 on a side where it lies outside already."""
+    return jnp.minimum(bounds[0] - x, 0), jnp.maximum(bounds[1] - x, 0)
+
+
+def _step(static, i, carry, operands):
+    loss_fn, norm, _ = static
+    delta, velocity = carry
+    base, eps, step, room, momentum, args = operands
+    ball = balls.ball(norm)
+    grad = input_gradient(loss_fn, base + delta, args)
+    if velocity is not None:
+        size = jnp.abs(grad).mean(tuple(range(1, grad.ndim)), keepdims=True)
+        velocity = momentum * velocity + grad / jnp.where(size > 0, size, 1)
+        grad = velocity
+    delta = ball.project(delta + ball.ascend(grad, step, eps, *room), eps, *room)
+    return delta, velocity
+
+
+def input_gradient(loss_fn: LossFn, x: Array, args: tuple = ()) -> Array:
+    """D loss_i / d x_i for every example i of the batch, [b, ...].
+
+    Raises:
+        ValueError: the loss is not one number per example.
+    """
+
+    def total(x):
+        losses = loss_fn(x, *args)
+        if jnp.shape(losses) != (x.shape[0],):
+            raise ValueError(
+                f"loss_fn must return one loss per example, ({x.shape[0]},), "
+                f"got shape {jnp.shape(losses)}"
+            )
+        return losses.sum()
+
+    return jax.grad(total)(x)
+
+
+@jax.jit
+def _finish(x, delta, eps):
+    """X + delta in x's own precision, never further from x than delta says."""
+    base = x.astype(delta.dtype)
+    x_adv = (base + delta).astype(x.dtype)
+    if x.dtype != delta.dtype:
+        # Rounding to fewer bits may leave ball or box: then go one number back towards x.
+        too_far = jnp.abs(x_adv.astype(delta.dtype) - base) > jnp.abs(delta)
+        x_adv = jnp.where(too_far, jnp.nextafter(x_adv, x), x_adv)
+    return jax.lax.stop_gradient(jnp.where((eps > 0) & (delta != 0), x_adv, x))
+
+
+@_value(data=("eps", "noise", "step_size"), meta=("bounds",))
+class NFGSM:
+    """Noisy FGSM, a one-step training perturbation; made by `n_fgsm`.
+
+    delta = eta + step_size * sign(grad loss(x + eta)),  eta ~ Uniform(-noise * eps, noise * eps)
+
+    There is no projection on the ball of radius `eps`: the perturbation lies in one of radius
+    noise * eps + step_size, which is what keeps one-step training from collapsing.
+
+    Attributes:
+        eps: the radius that is trained for: a number, [b], or a map per pixel.
+        noise: k, the width of the noise in units of eps.
+        step_size: alpha; None stands for eps.
+        bounds: the box.
+
+    Source: de Jorge et al. 2022 (Make some noise), algorithm 1 with k = 2, alpha = eps.
+    """
+
+    eps: Number
+    noise: Number = 2.0
+    step_size: Number | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        x: Array,
+        key: Array,
+        mask: Array | None = None,
+        args: tuple = (),
+    ) -> Array:
+        """Perturbs a batch; arguments, result and errors as `PGD.__call__`."""
+        x = inputs.check_images(x, self.bounds)
+        keys = inputs.example_keys(key, x.shape[0])
+        return _n_fgsm(self, loss_fn, x, keys, mask, args)
+
+
+@jax.jit(static_argnums=1)
+def _n_fgsm(attack, loss_fn, x, keys, mask, args):
+    base = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    eps = balls.broadcast_radius(attack.eps, base)
+    step = eps if attack.step_size is None else balls.broadcast_radius(attack.step_size, base)
+    if mask is not None:
+        eps = eps * balls.broadcast_radius(mask, base)
+    low, high = _room(base, attack.bounds)
+    eta = balls.ball("linf").sample(keys, attack.noise * eps, base.shape)
+    grad = input_gradient(loss_fn, base + jnp.clip(eta, low, high), args)
+    delta = jnp.clip(eta + step * (eps > 0) * jnp.sign(grad), low, high)
+    return _finish(x, delta, eps)
+
+
+def pgd(
+    norm: str,
+    eps: Number,
+    *,
+    steps: int = 10,
+    step_size: Number | None = None,
+    momentum: Number | None = None,
+    start: str = "uniform",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    loop: str = "auto",
+) -> PGD:
+    """PGD in a norm given by its name; arguments as the attributes of `PGD`.
+
+    Raises:
+        ValueError: a negative eps, step size or momentum, fewer than one step, an unknown norm,
+            start or loop, or bounds the wrong way round.
+    """
+    balls.ball(norm)
+    inputs.check_number("eps", eps, low=0)
+    inputs.check_number("step_size", step_size, low=0)
+    inputs.check_number("momentum", momentum, low=0)
+    inputs.check_steps(steps)
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {STARTS}, got {start!r}")
+    _check_loop(loop)
+    return PGD(
+        eps=eps,
+        step_size=step_size,
+        momentum=momentum,
+        steps=steps,
+        norm=norm,
+        start=start,
+        bounds=inputs.check_bounds(bounds),
+        loop=loop,
+    )
+
+
+def _check_loop(form):
+    if form not in loop.FORMS:
+        raise ValueError(f"loop must be one of {loop.FORMS}, got {form!r}")
+
+
+def linf_pgd(eps: Number = 8 / 255, steps: int = 10, step_size: Number | None = None, **options):
+    """PGD inside the linf ball of radius `eps`; more options as in `pgd`."""
+    return pgd("linf", eps, steps=steps, step_size=step_size, **options)
+
+
+def l2_pgd(eps: Number = 0.5, steps: int = 10, step_size: Number | None = None, **options):
+    """PGD inside the l2 ball of radius `eps`; more options as in `pgd`."""
+    return pgd("l2", eps, steps=steps, step_size=step_size, **options)
+
+
+def l1_pgd(eps: Number = 12.0, steps: int = 10, step_size: Number | None = None, **options):
+    """PGD with sparse steps inside the l1 ball of radius `eps`; more options as in `pgd`."""
+    return pgd("l1", eps, steps=steps, step_size=step_size, **options)
+
+
+def fgsm(eps: Number = 8 / 255, norm: str = "linf", **options) -> PGD:
+    """The fast gradient sign method: one full step from x itself, in any of the norms.
+
+    Source: Goodfellow et al. 2015.
+    """
+    return pgd(norm, eps, steps=1, **{"start": "none", **options})
+
+
+def n_fgsm(
+    eps: Number = 8 / 255,
+    *,
+    noise: Number = 2.0,
+    step_size: Number | None = None,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> NFGSM:
+    """Noisy FGSM for training; arguments as the attributes of `NFGSM`.
+
+    Raises:
+        ValueError: a negative number, or bounds the wrong way round.
+    """
+    inputs.check_number("eps", eps, low=0)
+    inputs.check_number("noise", noise, low=0)
+    inputs.check_number("step_size", step_size, low=0)
+    return NFGSM(eps=eps, noise=noise, step_size=step_size, bounds=inputs.check_bounds(bounds))

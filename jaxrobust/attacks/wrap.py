@@ -1,0 +1,232 @@
+"""Attacks made of attacks: restarts, the worst of several, targeted and multi-targeted."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxrobust import losses
+from jaxrobust.attacks import inputs
+from jaxrobust.attacks.pgd import LossFn, _value
+
+Attack = Any  # anything called as attack(loss_fn, x, key, mask=None, args=())
+LogitsFn = Callable[..., Array]
+
+
+@_value(data=("attack",), meta=("count", "select"))
+class Restarts:
+    """The same attack from `count` starts, the best result per example; made by `restarts`."""
+
+    attack: Attack
+    count: int
+    select: LossFn | None = None
+
+    def __call__(
+        self, loss_fn: LossFn, x: Array, key: Array, mask: Array | None = None, args: tuple = ()
+    ) -> Array:
+        """Attacks a batch; arguments, result and errors as `PGD.__call__`."""
+        keys = inputs.example_keys(key, x.shape[0])
+        runs = (
+            self.attack(loss_fn, x, _fold(keys, i), mask=mask, args=args) for i in range(self.count)
+        )
+        return _worst(self.select or loss_fn, runs, args)
+
+
+@_value(data=("attacks",), meta=("select",))
+class WorstOf:
+    """Several attacks, the best result per example; made by `worst_of`."""
+
+    attacks: tuple[Attack, ...]
+    select: LossFn | None = None
+
+    def __call__(
+        self, loss_fn: LossFn, x: Array, key: Array, mask: Array | None = None, args: tuple = ()
+    ) -> Array:
+        """Attacks a batch; arguments, result and errors as `PGD.__call__`."""
+        keys = inputs.example_keys(key, x.shape[0])
+        runs = (
+            attack(loss_fn, x, _fold(keys, i), mask=mask, args=args)
+            for i, attack in enumerate(self.attacks)
+        )
+        return _worst(self.select or loss_fn, runs, args)
+
+
+@_value(data=("attack",), meta=())
+class Targeted:
+    """An attack driven towards given classes; made by `targeted`."""
+
+    attack: Attack
+
+    def __call__(
+        self,
+        logits_fn: LogitsFn,
+        x: Array,
+        targets: Array,
+        key: Array,
+        mask: Array | None = None,
+        args: tuple = (),
+    ) -> Array:
+        """Attacks a batch by raising log p(target).
+
+        Args:
+            logits_fn: (x, *args) -> [b, classes].
+            x: [b, ...] float in the attack's bounds.
+            targets: [b] the class that each example should be taken for.
+            key: one typed key, or [b].
+            mask: 1 where a pixel may change.
+            args: arrays that `logits_fn` takes besides x.
+
+        Returns:
+            x_adv, of x's shape and type.
+        """
+        targets = _checked(logits_fn, x, targets, args)
+        return self.attack(_TowardsTarget(logits_fn), x, key, mask=mask, args=(targets, *args))
+
+
+@_value(data=("attack",), meta=("targets",))
+class MultiTargeted:
+    """An attack driven towards each of the likeliest wrong classes; made by `multi_targeted`."""
+
+    attack: Attack
+    targets: int
+
+    def __call__(
+        self,
+        logits_fn: LogitsFn,
+        x: Array,
+        labels: Array,
+        key: Array,
+        mask: Array | None = None,
+        args: tuple = (),
+    ) -> Array:
+        """Attacks a batch once per target and keeps the largest margin per example.
+
+        Args:
+            logits_fn: (x, *args) -> [b, classes].
+            x: [b, ...] float in the attack's bounds.
+            labels: [b] the true classes.
+            key: one typed key, or [b].
+            mask: 1 where a pixel may change.
+            args: arrays that `logits_fn` takes besides x.
+
+        Returns:
+            x_adv, of x's shape and type.
+        """
+        labels = _checked(logits_fn, x, labels, args)
+        keys = inputs.example_keys(key, x.shape[0])
+        others = _likeliest_others(logits_fn, x, labels, args)
+        loss_fn = _TargetMargin(logits_fn)
+        runs = (
+            self.attack(loss_fn, x, _fold(keys, i), mask=mask, args=(labels, others[:, i], *args))
+            for i in range(min(self.targets, others.shape[1]))
+        )
+        return _worst(_Margin(logits_fn), runs, (labels, *args))
+
+
+def restarts(attack: Attack, count: int, *, select: LossFn | None = None) -> Restarts:
+    """An attack repeated from several starts.
+
+    Args:
+        attack: any gradient attack.
+        count: how many starts, at least 1.
+        select: (x, *args) -> [b], by which results are compared; the attacked loss by default.
+            A margin counts every success: the largest cross entropy need not be one.
+    """
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    return Restarts(attack=attack, count=count, select=select)
+
+
+def worst_of(*attacks: Attack, select: LossFn | None = None) -> WorstOf:
+    """The per-example worst case over several attacks; `select` as in `restarts`."""
+    if not attacks:
+        raise ValueError("worst_of needs at least one attack, got none")
+    return WorstOf(attacks=attacks, select=select)
+
+
+def targeted(attack: Attack) -> Targeted:
+    """Makes a gradient attack a targeted one: (logits_fn, x, targets, key) -> x_adv."""
+    return Targeted(attack=attack)
+
+
+def multi_targeted(attack: Attack, targets: int = 9) -> MultiTargeted:
+    """Drives a gradient attack towards the `targets` likeliest wrong classes, one by one.
+
+    It is called as (logits_fn, x, labels, key) -> x_adv, and climbs z_target - z_label.
+
+    Source: Gowal et al. 2019 (An alternative surrogate loss for PGD-based adversarial testing).
+    """
+    if targets < 1:
+        raise ValueError(f"targets must be >= 1, got {targets}")
+    return MultiTargeted(attack=attack, targets=targets)
+
+
+# Losses as values: equal for equal `logits_fn`, so that the second call finds the first one's
+# compiled code. A fresh lambda would compile again.
+
+
+@jax.tree_util.register_static
+class _LossOfLogits:
+    def __init__(self, logits_fn: LogitsFn):
+        self.logits_fn = logits_fn
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self.logits_fn == other.logits_fn
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.logits_fn))
+
+
+class _TowardsTarget(_LossOfLogits):
+    def __call__(self, x, targets, *args):
+        return -losses.cross_entropy(self.logits_fn(x, *args), targets)
+
+
+class _TargetMargin(_LossOfLogits):
+    def __call__(self, x, labels, targets, *args):
+        logits = self.logits_fn(x, *args)
+        pick = lambda classes: jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]  # noqa: E731
+        return pick(targets) - pick(labels)
+
+
+class _Margin(_LossOfLogits):
+    def __call__(self, x, labels, *args):
+        return losses.margin(self.logits_fn(x, *args), labels)
+
+
+def _checked(logits_fn, x, labels, args):
+    classes = jax.eval_shape(logits_fn, x, *args).shape[-1]
+    return inputs.check_labels(labels, x.shape[0], classes)
+
+
+@jax.jit(static_argnums=0)
+def _likeliest_others(logits_fn, x, labels, args):
+    """[b, classes - 1] the wrong classes, likeliest first."""
+    logits = logits_fn(x, *args)
+    logits = jnp.where(jax.nn.one_hot(labels, logits.shape[1], dtype=bool), -jnp.inf, logits)
+    return jnp.argsort(-logits, 1)[:, :-1]
+
+
+@jax.jit
+def _fold(keys, number):
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _worst(score_fn, runs: Sequence[Array], args):
+    """Per example, the run of the largest score; the earliest of equals."""
+    best, best_score = None, None
+    for x_adv in runs:
+        best, best_score = _keep(score_fn, best, best_score, x_adv, args)
+    return best
+
+
+@jax.jit(static_argnums=0)
+def _keep(score_fn, best, best_score, x_adv, args):
+    score = score_fn(x_adv, *args)
+    if best is None:
+        return x_adv, score
+    better = score > best_score
+    shape = (-1,) + (1,) * (x_adv.ndim - 1)
+    return jnp.where(better.reshape(shape), x_adv, best), jnp.where(better, score, best_score)

@@ -1,0 +1,155 @@
+"""Accuracy under attack: per example, in fixed batches, on all devices, along a range of eps."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxrobust import losses, parallel
+from jaxrobust.attacks.inputs import check_labels, example_keys
+
+Apply = Callable[..., jax.Array]
+
+
+def correct(
+    apply: Apply,
+    variables: Any,
+    images: Any,
+    labels: Any,
+    *,
+    attack: Any = None,
+    key: jax.Array | None = None,
+    batch_size: int = 250,
+    mesh: Mesh | None = None,
+    loss: Callable[..., jax.Array] = losses.cross_entropy,
+    progress: str | None = None,
+) -> np.ndarray:
+    """Which examples are classified rightly, clean or under an attack.
+
+    Args:
+        apply: (variables, x) -> [b, classes] logits: the whole defended model.
+        variables: its parameters.
+        images: [n, h, w, c] float32 in [0, 1].
+        labels: [n] whole numbers.
+        attack: a gradient attack, or None for clean images.
+        key: one typed key; example i draws from fold_in(key, i), whatever the batch size.
+        batch_size: examples at a time; the last batch is filled up, so that nothing recompiles.
+        mesh: spreads each batch over devices; one device by default.
+        loss: (logits, labels) -> [b], what the attack raises.
+        progress: text of a progress bar, or None for none.
+
+    Returns:
+        [n] bool.
+
+    Raises:
+        TypeError, ValueError: images, labels or key are not of the form above.
+    """
+    images, labels = _checked(apply, variables, images, labels)
+    if attack is not None and key is None:
+        raise ValueError("key must be a typed key when an attack is given, got None")
+    count = len(labels)
+    batch_size = min(
+        batch_size, -(-count // (mesh.size if mesh else 1)) * (mesh.size if mesh else 1)
+    )
+    objective = _LossOfModel(apply, loss)
+    keys = None if attack is None else example_keys(key, count)
+    place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
+    right = []
+    starts = range(0, count, batch_size)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        x, y = place((images[rows], labels[rows]))
+        if attack is not None:
+            x = attack(objective, x, keys[rows], args=(variables, y))
+        right.append(_correct(apply, variables, x, y))
+    return np.concatenate([np.asarray(part) for part in right])[:count]
+
+
+def accuracy_curve(
+    apply: Apply,
+    variables: Any,
+    images: Any,
+    labels: Any,
+    attack: Any,
+    eps: Sequence[float],
+    *,
+    key: jax.Array,
+    batch_size: int = 250,
+    progress: str | None = None,
+) -> np.ndarray:
+    """Which examples survive at each radius: one compilation, vmapped over the attack's eps.
+
+    Args:
+        apply: (variables, x) -> [b, classes] logits.
+        variables: its parameters.
+        images: [n, h, w, c] float32 in [0, 1].
+        labels: [n] whole numbers.
+        attack: an attack value with an `eps`; a fixed `step_size` stays as it is.
+        eps: the radii.
+        key: one typed key.
+        batch_size: examples at a time; times len(eps) at once on the device.
+        progress: text of a progress bar, or None for none.
+
+    Returns:
+        [len(eps), n] bool; the mean of a row is the accuracy at that radius. An example that falls
+        at one radius counts as fallen at every larger one: the ball holds the smaller ball's
+        perturbation.
+    """
+    images, labels = _checked(apply, variables, images, labels)
+    if list(eps) != sorted(eps):
+        raise ValueError(f"eps must rise, got {list(eps)}")
+    radii = jnp.asarray(eps, jnp.float32)
+    count = len(labels)
+    batch_size = min(batch_size, count)
+    keys = example_keys(key, count)
+    right = []
+    starts = range(0, count, batch_size)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        batch = (images[rows], labels[rows], keys[rows])
+        right.append(_correct_at_each(apply, attack, radii, variables, *batch))
+    right = np.concatenate([np.asarray(part) for part in right], axis=1)[:, :count]
+    return np.logical_and.accumulate(right, axis=0)
+
+
+@jax.jit(static_argnums=0)
+def _correct_at_each(apply, attack, radii, variables, images, labels, keys):
+    objective = _LossOfModel(apply, losses.cross_entropy)
+
+    def at(radius):
+        x = dataclasses.replace(attack, eps=radius)(
+            objective, images, keys, args=(variables, labels)
+        )
+        return _correct(apply, variables, x, labels)
+
+    return jax.vmap(at)(radii)
+
+
+@jax.jit(static_argnums=0)
+def _correct(apply, variables, images, labels):
+    return apply(variables, images).argmax(1) == labels
+
+
+@dataclasses.dataclass(frozen=True)
+class _LossOfModel:
+    """Hashable, so that the attack compiles once per model and not once per call."""
+
+    apply: Apply
+    loss: Callable[..., jax.Array]
+
+    def __call__(self, x, variables, labels):
+        return self.loss(self.apply(variables, x), labels)
+
+
+def _checked(apply, variables, images, labels):
+    images = np.asarray(images)
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
+    one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    classes = jax.eval_shape(apply, variables, one).shape[-1]
+    return images, np.asarray(check_labels(labels, len(images), classes))

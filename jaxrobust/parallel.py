@@ -1,0 +1,241 @@
+"""Devices: the only file that knows them. Meshes, sharded batches, and the mapping of a step.
+
+A training step is written once, for one device, as `step(state, batch, axis_name)`. It calls
+`mean_gradient`, `mean` or `gather` where devices must talk, and `data_parallel` runs it on all of
+them by `jax.shard_map`, by `jax.pmap`, or, with `axis_name=None`, from the global view by
+`jax.jit`. The three give the same numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "data"
+MAPPINGS = ("shard_map", "pmap", "jit")
+
+PyTree = Any
+
+
+def initialize(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins several hosts into one program; call it before anything touches a device.
+
+    On a TPU pod and under SLURM or MPI the three arguments are found by themselves.
+
+    Args:
+        coordinator: "host:port" of process 0.
+        processes: how many processes there are.
+        process: which one this is, from 0.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def split_host(devices: int) -> None:
+    """Makes one CPU count as several devices; call it before anything touches a device.
+
+    XLA spreads a convolution over the cores of one device less well than it runs one batch shard
+    on each of two devices, so training on a CPU is faster with one device per core.
+
+    Args:
+        devices: how many, at least 1.
+
+    Raises:
+        RuntimeError: devices are in use already.
+    """
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
+def data_mesh(devices: int | Sequence[jax.Device] | None = None) -> Mesh:
+    """A one-dimensional mesh whose axis, "data", splits the batch.
+
+    Args:
+        devices: how many of the devices of all processes, or which; all by default.
+
+    Raises:
+        ValueError: there are fewer devices than asked for.
+    """
+    available = jax.devices()
+    if devices is None:
+        devices = available
+    elif isinstance(devices, int):
+        if not 1 <= devices <= len(available):
+            raise ValueError(f"devices must be in [1, {len(available)}], got {devices}")
+        devices = available[:devices]
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Spreads host arrays over a mesh along their first axis.
+
+    Args:
+        batch: arrays [b, ...]; with several processes, each passes its own share of the global
+            batch, in the order of the processes.
+        mesh: where to.
+
+    Returns:
+        The same tree of global `jax.Array`s.
+
+    Raises:
+        ValueError: b is not divisible by the devices of this process.
+    """
+    local = len(mesh.local_devices)
+    for leaf in jax.tree.leaves(batch):
+        _check_divisible(leaf.shape[0], local)
+    sharding = NamedSharding(mesh, P(AXIS))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+    )
+
+
+def create(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
+    """Runs `init(*args)` compiled, with every output replicated over the mesh.
+
+    State is born on its devices: across processes a typed key cannot be put there later.
+    """
+    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))(*args)
+
+
+def data_parallel(
+    step: Callable[..., tuple[PyTree, PyTree]],
+    mesh: Mesh | None = None,
+    *,
+    mapping: str = "shard_map",
+    donate: bool = True,
+) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+    """Runs a per-device step on every device of a mesh.
+
+    Args:
+        step: (state, batch, axis_name) -> (state, metrics). It sees its device's share of the
+            batch, and must return the same state and metrics on all devices; under "shard_map" a
+            forgotten mean is an error when the step is traced.
+        mesh: the devices; all by default.
+        mapping: "shard_map", "pmap", or "jit" (the step then gets `axis_name=None` and the whole
+            batch, and the compiler splits it).
+        donate: whether the old state's memory is reused. The old state is then gone.
+
+    Returns:
+        (state, batch) -> (state, metrics), compiled, with global batches [b, ...] as arguments.
+
+    Raises:
+        ValueError: an unknown mapping; when called, a batch not divisible by the devices.
+    """
+    if mapping not in MAPPINGS:
+        raise ValueError(f"mapping must be one of {MAPPINGS}, got {mapping!r}")
+    mesh = data_mesh() if mesh is None else mesh
+    run = _MAP[mapping](step, mesh, (0,) if donate else ())
+
+    # Several devices of one CPU share a thread pool. With two steps in flight, the threads of one
+    # can all wait in a collective for a device that has no thread left to get there.
+    one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+    def call(state, batch):
+        for leaf in jax.tree.leaves(batch):
+            _check_divisible(leaf.shape[0], mesh.size)
+        out = run(state, batch)
+        return jax.block_until_ready(out) if one_at_a_time else out
+
+    return call
+
+
+def _by_shard_map(step, mesh, donated):
+    mapped = jax.shard_map(
+        lambda state, batch: step(state, batch, AXIS),
+        mesh=mesh,
+        in_specs=(P(), P(AXIS)),
+        out_specs=(P(), P()),
+    )
+    return jax.jit(mapped, donate_argnums=donated)
+
+
+def _by_jit(step, mesh, donated):
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    return jax.jit(
+        lambda state, batch: step(state, batch, None),
+        in_shardings=(whole, split),
+        out_shardings=(whole, whole),
+        donate_argnums=donated,
+    )
+
+
+def _by_pmap(step, mesh, donated):
+    mapped = jax.pmap(
+        lambda state, batch: step(state, batch, AXIS),
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=(None, None),
+        devices=list(mesh.devices.flat),
+        donate_argnums=donated,
+    )
+
+    def run(state, batch):
+        return mapped(state, jax.tree.map(lambda leaf: _stack_shards(leaf, mesh), batch))
+
+    return run
+
+
+_MAP = {"shard_map": _by_shard_map, "pmap": _by_pmap, "jit": _by_jit}
+
+
+def _stack_shards(leaf, mesh):
+    """[b, ...] as the [local devices, b / devices, ...] that pmap wants, without a copy on host."""
+    if isinstance(leaf, jax.Array) and jax.process_count() > 1:
+        shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return np.stack([np.asarray(shard.data) for shard in shards])
+    return leaf.reshape(len(mesh.local_devices), -1, *leaf.shape[1:])
+
+
+def _check_divisible(size, devices):
+    if size % devices:
+        raise ValueError(f"batch must be divisible by the {devices} devices, got {size} examples")
+
+
+def mean(tree: PyTree, axis_name: str | None) -> PyTree:
+    """The mean over devices of values that differ between them; as it is without an axis."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """[b, ...] from each device, joined to [devices * b, ...] on every one."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def varying(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Marks replicated values as free to differ between devices: their gradients stay local.
+
+    Without it, gradients of replicated parameters come back summed over the devices under
+    `shard_map`, and a mean of them is too large by the number of devices.
+    """
+    if axis_name is None:
+        return tree
+
+    def cast(x):
+        is_varying = axis_name in getattr(jax.typeof(x), "vma", ())
+        return x if is_varying else jax.lax.pcast(x, axis_name, to="varying")
+
+    return jax.tree.map(cast, tree)
+
+
+def mean_gradient(
+    loss_fn: Callable[[PyTree], tuple[jax.Array, PyTree]], params: PyTree, axis_name: str | None
+) -> tuple[tuple[jax.Array, PyTree], PyTree]:
+    """Value and gradient of a loss averaged over the global batch.
+
+    Args:
+        loss_fn: params -> (mean loss of this device's examples, anything else to keep).
+        params: the same on all devices.
+        axis_name: the mesh axis, or None.
+
+    Returns:
+        ((loss, aux), gradients): loss and gradients averaged over the devices, aux as it came.
+    """
+    params = varying(params, axis_name)
+    (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return (mean(loss, axis_name), aux), mean(gradients, axis_name)

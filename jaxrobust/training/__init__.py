@@ -1,0 +1,37 @@
+"""Training: state, objectives, steps, schedules and the loop."""
+
+from jaxrobust.training.fit import Fitted, fit
+from jaxrobust.training.logging import metric_logger, read_metrics
+from jaxrobust.training.objectives import (
+    Context,
+    Objective,
+    adversarial,
+    guarded_n_fgsm,
+    mart,
+    standard,
+    trades,
+    with_awp,
+)
+from jaxrobust.training.optimizers import learning_rate, sgd
+from jaxrobust.training.state import TrainState, create_state
+from jaxrobust.training.step import train_step
+
+__all__ = [
+    "Context",
+    "Fitted",
+    "Objective",
+    "TrainState",
+    "adversarial",
+    "create_state",
+    "fit",
+    "guarded_n_fgsm",
+    "learning_rate",
+    "mart",
+    "metric_logger",
+    "read_metrics",
+    "sgd",
+    "standard",
+    "trades",
+    "train_step",
+    "with_awp",
+]

@@ -1,0 +1,183 @@
+"""The training loop: batches in, state out; resumable at any step, stoppable at any moment."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxrobust import checkpoint, data, parallel
+from jaxrobust.training.logging import metric_logger
+from jaxrobust.training.state import TrainState
+from jaxrobust.training.step import Step
+
+
+class Fitted(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+        state: after the last step.
+        variables: of the best validation score, or of the last step without validation.
+        history: one dict per validation: epoch, score, and what else `validate` returned.
+        best_epoch: epoch (from 1) of `variables`.
+        epochs: how many epochs were trained.
+        seconds: wall time of all training, over all interruptions; compilation included.
+    """
+
+    state: TrainState
+    variables: dict
+    history: list[dict]
+    best_epoch: int
+    epochs: int
+    seconds: float
+
+
+def fit(
+    step: Step,
+    state: TrainState,
+    dataset: data.Dataset | data.Source,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    mapping: str = "shard_map",
+    validate: Callable[[dict], dict] | None = None,
+    validate_every: int = 1,
+    patience: int | None = None,
+    averaged: bool = False,
+    directory: str | Path | None = None,
+    save_every: float = 30.0,
+    save_steps: int | None = None,
+    log_every: int = 50,
+    tensorboard: bool = False,
+    progress: bool = True,
+    label: str = "training",
+) -> Fitted:
+    """Trains for a number of epochs.
+
+    The batch of a step is a function of (seed, step), and randomness one of (state.key, step,
+    example), so a run that is killed and started again ends with the same numbers.
+
+    Args:
+        step: a per-device step, `train_step(...)`; mapped here.
+        state: the state to begin with, made by `parallel.create` on the same mesh.
+        dataset: training examples.
+        batch_size: over all devices and processes; divisible by the devices.
+        epochs: passes over the data; a last, smaller batch is left out.
+        seed: of the data order.
+        mesh: devices; all by default.
+        mapping: "shard_map", "pmap" or "jit".
+        validate: variables -> dict of numbers with "score", the larger the better. With it, the
+            variables of the best score are kept.
+        validate_every: epochs between validations.
+        patience: stop after so many validations without a better score; None never stops.
+        averaged: validate and return the moving average of the weights.
+        directory: for checkpoints and metrics.csv; None writes nothing. If it holds a checkpoint
+            of this run, the run goes on from there.
+        save_every: seconds between checkpoints.
+        save_steps: save every so many steps instead.
+        log_every: steps between rows of metrics.csv.
+        tensorboard: TensorBoard events beside it.
+        progress: show a progress bar.
+        label: its text.
+
+    Raises:
+        ValueError: a number out of its range, before anything is compiled.
+        CheckpointError: `directory` holds a damaged or foreign checkpoint.
+    """
+    if epochs < 1 or validate_every < 1:
+        raise ValueError(
+            f"epochs and validate_every must be >= 1, got {epochs} and {validate_every}"
+        )
+    mesh = parallel.data_mesh() if mesh is None else mesh
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"batch_size must be divisible by the {mesh.size} devices, got {batch_size}"
+        )
+    per_epoch = data.steps_per_epoch(dataset, batch_size)
+    total = epochs * per_epoch
+    run = parallel.data_parallel(step, mesh, mapping=mapping)
+    saving = directory is not None
+    folder = Path(directory or ".")
+    best = jax.tree.map(np.asarray, state.variables(averaged=averaged)) if validate else {}
+    loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
+    found = checkpoint.restore(folder / "checkpoint", (state, best)) if saving else None
+    if found is not None:
+        _, (state, best), loop = found
+    position = int(state.step)
+    begun = saved = time.monotonic()
+    earlier = loop["seconds"]
+
+    def save():
+        loop["seconds"] = earlier + time.monotonic() - begun
+        checkpoint.save(folder / "checkpoint", position, (state, best), loop=loop)
+
+    first = jax.process_index() == 0
+    batches = data.stream(
+        dataset,
+        batch_size,
+        seed=seed,
+        start=position,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    ahead = data.prefetch(batches, lambda batch: parallel.shard_batch(batch, mesh))
+    resumed = None if found is None else position
+    logger = metric_logger(
+        folder, tensorboard=tensorboard, resume_step=resumed, write=saving and first
+    )
+    bar = tqdm(
+        total=total, initial=position, desc=label, unit="step", disable=not (progress and first)
+    )
+    stopped = patience is not None and loop["waited"] >= patience
+    with logger as log, bar:
+        while position < total and not stopped:
+            state, metrics = run(state, next(ahead))
+            position += 1
+            bar.update()
+            if position % log_every == 0:
+                log(position, metrics)
+                bar.set_postfix(loss=f"{float(metrics['loss']):.3f}")
+            epoch, rest = divmod(position, per_epoch)
+            if validate and not rest and (epoch % validate_every == 0 or position == total):
+                scores = validate(state.variables(averaged=averaged))
+                better = _record(loop, epoch, scores)
+                if better:
+                    best = jax.tree.map(np.asarray, state.variables(averaged=averaged))
+                stopped = patience is not None and loop["waited"] >= patience
+            due = (
+                position % save_steps == 0 if save_steps else time.monotonic() - saved > save_every
+            )
+            if saving and position < total and due:
+                save()
+                saved = time.monotonic()
+        jax.block_until_ready(state)
+    ahead.close()
+    if saving and checkpoint.latest_step(folder / "checkpoint") != position:
+        save()
+    last = epochs if position == total else position // per_epoch
+    return Fitted(
+        state=state,
+        variables=best if validate else state.variables(averaged=averaged),
+        history=loop["history"],
+        best_epoch=loop["best_epoch"] if validate else last,
+        epochs=last,
+        seconds=earlier + time.monotonic() - begun,
+    )
+
+
+def _record(loop, epoch, scores):
+    """Notes a validation; True when it is the best so far."""
+    scores = {name: float(value) for name, value in scores.items()}
+    loop["history"] = [*loop["history"], {"epoch": epoch, **scores}]
+    better = loop["best_score"] is None or scores["score"] > loop["best_score"]
+    if better:
+        loop.update(best_score=scores["score"], best_epoch=epoch, waited=0)
+    else:
+        loop["waited"] += 1
+    return better

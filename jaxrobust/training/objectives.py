@@ -1,0 +1,258 @@
+"""What a step trains for: standard, PGD adversarial training, TRADES, MART and guarded N-FGSM.
+
+An objective is two pure functions. `perturb` makes the adversarial batch, in inference mode and in
+float32; `loss` is what the optimizer lowers, in training mode. `with_awp` adds a third that moves
+the weights before the gradient is taken. A method of one's own is the same three functions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxrobust import losses, parallel
+from jaxrobust.attacks.inputs import check_number
+
+PyTree = Any
+Schedule = Callable[[Array], Array]
+
+
+class Context(NamedTuple):
+    """What `perturb` may look at.
+
+    Attributes:
+        apply: x -> logits, the model in inference mode at the current weights.
+        keys: [b], one per example.
+        step: the number of the training step.
+        extra: `TrainState.extra`.
+        axis_name: the mesh axis, or None.
+    """
+
+    apply: Callable[[Array], Array]
+    keys: Array
+    step: Array
+    extra: PyTree
+    axis_name: str | None
+
+
+class Objective(NamedTuple):
+    """A training method.
+
+    Attributes:
+        perturb: (context, images, labels) -> (x_adv, extra, metrics).
+        loss: (forward, images, x_adv, labels) -> ([b] losses, [b, classes] adversarial logits,
+            batch_stats), where forward(x) -> (logits, batch_stats) runs in training mode.
+        extra: what the method keeps in `TrainState.extra`.
+        move_weights: None, or (gradient_fn, params, step) -> the weights at which the gradient is
+            taken.
+    """
+
+    perturb: Callable[..., tuple[Array, PyTree, dict]]
+    loss: Callable[..., tuple[Array, Array, PyTree]]
+    extra: PyTree = None
+    move_weights: Callable[..., PyTree] | None = None
+
+
+def standard(label_smoothing: float = 0.0) -> Objective:
+    """Ordinary training on clean images."""
+
+    def perturb(context, images, labels):
+        return images, context.extra, {}
+
+    return Objective(perturb, _cross_entropy_at_x_adv(label_smoothing))
+
+
+def adversarial(
+    attack: Any, *, eps_schedule: Schedule | None = None, label_smoothing: float = 0.0
+) -> Objective:
+    """Adversarial training: cross entropy on what `attack` makes of the batch.
+
+    Args:
+        attack: any gradient attack, such as `linf_pgd(8 / 255)` or `n_fgsm(8 / 255)`.
+        eps_schedule: step -> factor on the attack's `eps` (and `step_size`, where one is set),
+            such as `optax.linear_schedule(0, 1, 1000)`: large radii may need a warm-up.
+        label_smoothing: of the training loss, in [0, 1).
+
+    Source: Madry et al. 2018, eq. 2.1.
+    """
+
+    def perturb(context, images, labels):
+        scaled = _scaled(attack, eps_schedule, context.step)
+        x_adv = scaled(_cross_entropy_of(context.apply), images, context.keys, args=(labels,))
+        return x_adv, context.extra, {}
+
+    return Objective(perturb, _cross_entropy_at_x_adv(label_smoothing))
+
+
+def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = None) -> Objective:
+    """TRADES: cross entropy on x plus beta KL(p(x) || p(x_adv)), x_adv the ascent of that KL.
+
+    Args:
+        attack: `linf_pgd(0.031, steps=10, step_size=0.007, start="gaussian")` in the paper; from
+            x itself the KL has no gradient, so the start must not be "none".
+        beta: weight of the KL term, >= 0.
+        eps_schedule: as for `adversarial`.
+
+    Both halves pass the network as one batch, so BatchNorm sees their common statistics.
+
+    Source: Zhang et al. 2019, eq. 5 and algorithm 1.
+    """
+    check_number("beta", beta, low=0)
+
+    def perturb(context, images, labels):
+        scaled = _scaled(attack, eps_schedule, context.step)
+        clean = context.apply(images)
+        loss_fn = lambda x, clean: losses.trades_kl(clean, context.apply(x))  # noqa: E731
+        return scaled(loss_fn, images, context.keys, args=(clean,)), context.extra, {}
+
+    def loss(forward, images, x_adv, labels):
+        clean, adversarial, stats = _forward_both(forward, images, x_adv)
+        penalty = losses.trades_kl(clean, adversarial)
+        return losses.cross_entropy(clean, labels) + beta * penalty, adversarial, stats
+
+    return Objective(perturb, loss)
+
+
+def mart(attack: Any, beta: float = 5.0, *, eps_schedule: Schedule | None = None) -> Objective:
+    """MART: boosted cross entropy on x_adv plus a KL weighted by how unsure the network is of x.
+
+    Args:
+        attack: `linf_pgd(0.031, steps=10, step_size=0.007, start="gaussian")` in the paper.
+        beta: weight of the KL term, >= 0.
+        eps_schedule: as for `adversarial`.
+
+    Source: Wang et al. 2020, eq. 11.
+    """
+    check_number("beta", beta, low=0)
+
+    def perturb(context, images, labels):
+        scaled = _scaled(attack, eps_schedule, context.step)
+        x_adv = scaled(_cross_entropy_of(context.apply), images, context.keys, args=(labels,))
+        return x_adv, context.extra, {}
+
+    def loss(forward, images, x_adv, labels):
+        clean, adversarial, stats = _forward_both(forward, images, x_adv)
+        penalty = losses.mart_kl(clean, adversarial, labels)
+        return losses.mart_bce(adversarial, labels) + beta * penalty, adversarial, stats
+
+    return Objective(perturb, loss)
+
+
+def guarded_n_fgsm(
+    attack: Any,
+    guard: Any,
+    *,
+    check_every: int = 20,
+    gap: float = 0.3,
+    rescue_steps: int = 20,
+    eps_schedule: Schedule | None = None,
+) -> Objective:
+    """N-FGSM with a guard against catastrophic overfitting.
+
+    Every `check_every` steps the batch is also attacked by `guard`. When the network is right on
+    the one-step examples but wrong on the guard's, by a share of the batch larger than `gap`, it
+    has learnt to fool the single step: the next `rescue_steps` steps then train on the guard.
+    The metrics "guard_gap" and "rescue" say what was seen and done.
+
+    Args:
+        attack: the cheap attack, `n_fgsm(eps)`, or `fgsm(eps)` with a random start.
+        guard: the strong one, `linf_pgd(eps, steps=10)`.
+        check_every: steps between looks, >= 1; the cost is one `guard` in that many steps.
+        gap: the accuracy difference that counts as collapse, in (0, 1).
+        rescue_steps: how long to train on the guard, >= 1.
+        eps_schedule: as for `adversarial`; scales both attacks.
+
+    Source: Li et al. 2020 (Towards understanding fast adversarial training), algorithm 1, which
+    watches validation data; here the batch itself is watched, before it is trained on.
+    """
+    for name, value in (("check_every", check_every), ("rescue_steps", rescue_steps)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if not 0 < gap < 1:
+        raise ValueError(f"gap must be in (0, 1), got {gap}")
+
+    def perturb(context, images, labels):
+        loss_fn = _cross_entropy_of(context.apply)
+        cheap = _scaled(attack, eps_schedule, context.step)
+        strong = _scaled(guard, eps_schedule, context.step)
+        left, last_gap = context.extra["rescue"], context.extra["gap"]
+        look = context.step % check_every == 0
+        x_cheap = cheap(loss_fn, images, context.keys, args=(labels,))
+
+        def attacked():
+            x_strong = strong(loss_fn, images, context.keys, args=(labels,))
+            right = lambda x: (context.apply(x).argmax(1) == labels).mean()  # noqa: E731
+            return x_strong, right(x_cheap) - right(x_strong)
+
+        def spared():
+            # Arithmetic on the batch, so that both branches vary over the devices alike.
+            return images, 0 * images.sum()
+
+        x_strong, seen = jax.lax.cond(look | (left > 0), attacked, spared)
+        seen = jnp.where(look, parallel.mean(seen, context.axis_name), last_gap)
+        left = jnp.where(look & (seen > gap), rescue_steps, left)
+        x_adv = jnp.where(left > 0, x_strong, x_cheap)
+        extra = {**context.extra, "rescue": jnp.maximum(left - 1, 0), "gap": seen}
+        return x_adv, extra, {"guard_gap": seen, "rescue": (left > 0).astype(jnp.float32)}
+
+    extra = {"rescue": jnp.zeros((), jnp.int32), "gap": jnp.zeros((), jnp.float32)}
+    return Objective(perturb, _cross_entropy_at_x_adv(0.0), extra)
+
+
+def with_awp(objective: Objective, gamma: float = 0.005, *, warmup_steps: int = 0) -> Objective:
+    """Adversarial weight perturbation: takes the gradient at weights moved to raise the loss.
+
+    v = gamma ||w|| grad / ||grad|| for every tensor w of at least two axes; biases and scales stay.
+
+    Args:
+        objective: any objective.
+        gamma: relative size of the move, >= 0; 0.005 for TRADES, 0.01 for adversarial training.
+        warmup_steps: steps without it at the start.
+
+    Source: Wu et al. 2020, eq. 8 to 10.
+    """
+    check_number("gamma", gamma, low=0)
+
+    def moved(gradient_fn, params, step):
+        def move(w, gradient):
+            if w.ndim < 2:
+                return w
+            length = jnp.linalg.norm(gradient.ravel())
+            scale = gamma * jnp.linalg.norm(w.ravel()) / jnp.where(length > 0, length, 1)
+            return w + jnp.where(step < warmup_steps, 0, scale) * gradient
+
+        return jax.tree.map(move, params, gradient_fn(params))
+
+    return objective._replace(move_weights=moved)
+
+
+def _cross_entropy_of(apply):
+    return lambda x, labels: losses.cross_entropy(apply(x), labels)
+
+
+def _cross_entropy_at_x_adv(label_smoothing):
+    def loss(forward, images, x_adv, labels):
+        logits, stats = forward(x_adv)
+        smooth = losses.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return smooth, logits, stats
+
+    return loss
+
+
+def _forward_both(forward, images, x_adv):
+    logits, stats = forward(jnp.concatenate([images, x_adv]))
+    clean, adversarial = jnp.split(logits, 2)
+    return clean, adversarial, stats
+
+
+def _scaled(attack, eps_schedule, step):
+    if eps_schedule is None:
+        return attack
+    factor = eps_schedule(step)
+    fields = {"eps": attack.eps * factor}
+    if attack.step_size is not None:
+        fields["step_size"] = attack.step_size * factor
+    return dataclasses.replace(attack, **fields)

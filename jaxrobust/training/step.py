@@ -1,0 +1,131 @@
+"""The training step: one per-device function made of a model, an optimizer and an objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrobust import parallel
+from jaxrobust.models import Model
+from jaxrobust.training.objectives import Context, Objective
+from jaxrobust.training.state import TrainState
+
+PyTree = Any
+Step = Callable[..., tuple[TrainState, dict]]
+
+# The two uses of an example's key.
+_AUGMENT, _PERTURB = 0, 1
+
+
+def train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    augment: Callable | None = None,
+    accumulate: int = 1,
+    dtype: Any = None,
+    ema_decay: float | None = None,
+) -> Step:
+    """Builds the per-device step; `parallel.data_parallel` runs it on all devices.
+
+    Args:
+        model: its `apply` is attacked, its `train` is trained.
+        optimizer: any optax transformation.
+        objective: `standard()`, `adversarial(attack)`, `trades(attack)`, ... (`objectives`).
+        augment: (keys [b], images) -> images, on the device, before the attack.
+        accumulate: the batch is worked off in so many parts and their gradients averaged: the
+            memory of a part, the update of the whole (BatchNorm sees the parts).
+        dtype: compute type of the training forward and backward, such as `jnp.bfloat16`; the
+            attack always runs in float32.
+        ema_decay: decay of the weights' moving average, in [0, 1), for a state made with
+            `create_state(..., ema=True)`; None keeps none.
+
+    Returns:
+        step(state, batch, axis_name=None) -> (state, metrics). batch is a dict of image
+        [b, h, w, c], label [b] and index [b]; metrics are scalars averaged over the global
+        batch: loss, accuracy (on the adversarial batch), gradient_norm, and the objective's own.
+
+    Raises:
+        ValueError: an option out of its range; when traced, b not divisible by `accumulate`.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be >= 1, got {accumulate}")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+
+    def step(state: TrainState, batch: dict, axis_name: str | None = None):
+        run = lambda carry, part: _part_gradient(  # noqa: E731
+            model, objective, augment, dtype, axis_name, state, carry, part
+        )
+        carry = (state.batch_stats, state.extra)
+        if accumulate == 1:
+            carry, (gradients, metrics) = run(carry, batch)
+        else:
+            carry, outs = jax.lax.scan(run, carry, _parts(batch, accumulate))
+            gradients, metrics = jax.tree.map(lambda leaf: leaf.mean(0), outs)
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        return _update(optimizer, ema_decay, state, carry, gradients), metrics
+
+    return step
+
+
+def _parts(batch, count):
+    size = batch["label"].shape[0]
+    if size % count:
+        raise ValueError(f"accumulate must divide the {size} examples per device, got {count}")
+    return jax.tree.map(lambda leaf: leaf.reshape(count, size // count, *leaf.shape[1:]), batch)
+
+
+def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, batch):
+    """(batch_stats, extra) and (gradients, metrics) after one part of the batch."""
+    batch_stats, extra = carry
+    images, labels = batch["image"], batch["label"]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.fold_in(state.key, state.step), batch["index"]
+    )
+    if augment is not None:
+        images = augment(_purpose(keys, _AUGMENT), images)
+
+    def apply(x):
+        return model.apply({"params": state.params, "batch_stats": batch_stats}, x)
+
+    context = Context(apply, _purpose(keys, _PERTURB), state.step, extra, axis_name)
+    x_adv, extra, metrics = objective.perturb(context, images, labels)
+    x_adv = jax.lax.stop_gradient(x_adv)
+
+    def mean_loss(params):
+        def forward(x):
+            variables = {"params": params, "batch_stats": batch_stats}
+            return model.train(variables, x, axis_name=axis_name, dtype=dtype)
+
+        losses, logits, stats = objective.loss(forward, images, x_adv, labels)
+        return losses.mean(), (stats, (logits.argmax(1) == labels).mean(dtype=jnp.float32))
+
+    def gradient_fn(params):
+        return parallel.mean_gradient(mean_loss, params, axis_name)
+
+    params = state.params
+    if objective.move_weights is not None:
+        params = objective.move_weights(lambda p: gradient_fn(p)[1], params, state.step)
+    (loss, (batch_stats, accuracy)), gradients = gradient_fn(params)
+    metrics = {"loss": loss, "accuracy": parallel.mean(accuracy, axis_name), **metrics}
+    return (batch_stats, extra), (gradients, metrics)
+
+
+def _purpose(keys, number):
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _update(optimizer, ema_decay, state, carry, gradients):
+    batch_stats, extra = carry
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay is not None:
+        if ema is None:
+            raise ValueError("ema_decay needs a state with an EMA: create_state(..., ema=True)")
+        ema = optax.incremental_update((params, batch_stats), ema, 1 - ema_decay)
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.key, extra)
