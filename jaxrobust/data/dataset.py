@@ -1,0 +1,195 @@
+"""What a data set is: arrays in memory (Dataset) or records decoded when asked for (Source)."""
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from jaxrobust.data.packages import require
+
+# Beyond this, arrays in memory are refused and the reader is pointed at `source`.
+MAX_EAGER_BYTES = 4 * 1024**3
+
+
+class Dataset(NamedTuple):
+    """A whole split in memory.
+
+    Attributes:
+        images: [n, h, w, c] float32 in [0, 1].
+        labels: [n] int32 in [0, len(class_names)).
+        indices: [n] int32, an id that stays with the example whatever the split or order.
+        class_names: one name per class, in the order of the labels.
+    """
+
+    images: Float[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, "n"]
+    indices: Int[np.ndarray, "n"]
+    class_names: tuple[str, ...]
+
+
+class Record(NamedTuple):
+    """One stored example: encoded image bytes and what belongs to them."""
+
+    encoded: bytes
+    label: int
+    index: int
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A split on disk with random access; images are decoded when they are asked for.
+
+    Attributes:
+        read: positions in [0, count) -> records, in the same order.
+        count: number of examples.
+        class_names: one name per class, in the order of the labels.
+        channels: 1 or 3, of the decoded images.
+        size: side in pixels of the decoded square images; None keeps each image as it is.
+        levels: stored value of a fully bright pixel (255; 16 for the 8x8 digits).
+    """
+
+    read: Callable[[Sequence[int]], list[Record]]
+    count: int
+    class_names: tuple[str, ...]
+    channels: int = 3
+    size: int | None = None
+    levels: int = 255
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        if not -self.count <= position < self.count:
+            raise IndexError(f"position must be below {self.count}, got {position}")
+        images, labels, indices = self.take([position % self.count])
+        return {"image": images[0], "label": labels[0], "index": indices[0]}
+
+    def take(
+        self, positions: Sequence[int] | Int[np.ndarray, "b"], pool: Executor | None = None
+    ) -> tuple[Float[np.ndarray, "b h w c"], Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
+        """Images, labels and indices of the examples at `positions`, decoded by `pool`'s threads.
+
+        Args:
+            positions: b places in [0, len(self)).
+            pool: where to decode large images; None decodes in the calling thread.
+
+        Returns:
+            [b, h, w, c] float32 in [0, 1], [b] int32 labels, [b] int32 indices.
+
+        Raises:
+            ValueError: an image cannot be read, or the images differ in shape and `size` is None.
+        """
+        records = self.read([int(position) for position in positions])
+        # Below some 16 kB handing an image to a thread costs more than decoding it.
+        threads = pool is not None and sum(len(r.encoded) for r in records) > 2**14 * len(records)
+        images = _stack((pool.map if threads else map)(self._decode, records), records)
+        images /= np.float32(self.levels)
+        labels = np.array([record.label for record in records], np.int32)
+        return images, labels, np.array([record.index for record in records], np.int32)
+
+    def _decode(self, record: Record) -> UInt8[np.ndarray, "h w c"] | None:
+        try:
+            return decode_image(record.encoded, self.channels, self.size)
+        except (OSError, SyntaxError, ValueError):  # what pillow raises on a damaged file
+            return None
+
+
+def _stack(
+    decoded: Iterator[np.ndarray | None], records: list[Record]
+) -> Float[np.ndarray, "b h w c"]:
+    """Puts images into one float32 array as they come, so that no second copy is alive."""
+    stacked, unreadable = None, []
+    for row, (image, record) in enumerate(zip(decoded, records, strict=True)):
+        if image is None:
+            unreadable.append(record.origin)
+            continue
+        if stacked is None:
+            stacked = np.empty((len(records), *image.shape), np.float32)
+        if image.shape != stacked.shape[1:]:
+            raise ValueError(
+                f"images differ in shape: {record.origin} is {image.shape}, those before it "
+                f"{stacked.shape[1:]}; give size= to resize and crop them"
+            )
+        stacked[row] = image
+    if unreadable:
+        raise ValueError(
+            f"cannot read {len(unreadable)} of {len(records)} images: {', '.join(unreadable)}"
+        )
+    if stacked is None:
+        raise ValueError("positions must name at least one example, got none")
+    return stacked
+
+
+def decode_image(encoded: bytes, channels: int, size: int | None) -> UInt8[np.ndarray, "h w c"]:
+    """Decodes an image file; with `size`, resizes the shorter side to it and crops the centre.
+
+    Args:
+        encoded: the bytes of a file in any format that pillow reads.
+        channels: 1 for grey, 3 for RGB; the image is converted.
+        size: side of the square result in pixels, or None.
+
+    Returns:
+        [h, w, channels] uint8.
+    """
+    image_module = require("PIL.Image", "pillow", "decoding images")
+    with image_module.open(io.BytesIO(encoded)) as opened:
+        image = opened.convert("L" if channels == 1 else "RGB")
+    if size is not None and image.size != (size, size):
+        width, height = image.size
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        image = image.resize((width, height), image_module.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
+
+
+def encode_png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
+    """The PNG file of an image: [h, w, 1] grey or [h, w, 3] RGB, uint8."""
+    image_module = require("PIL.Image", "pillow", "encoding images")
+    stream = io.BytesIO()
+    squeezed = image[..., 0] if image.shape[-1] == 1 else image
+    image_module.fromarray(squeezed).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+@contextmanager
+def decoding_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for `Source.take`; pillow releases the interpreter lock while it decodes."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="jaxrobust-decode")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def to_memory(source: Source, workers: int = 4) -> Dataset:
+    """Decodes a whole source into arrays.
+
+    Args:
+        source: what to read.
+        workers: decoding threads.
+
+    Returns:
+        The data set, in the source's order.
+
+    Raises:
+        ValueError: the arrays would take more than `MAX_EAGER_BYTES`.
+    """
+    shape = source[0]["image"].shape
+    needed = 4 * len(source) * math.prod(shape)
+    if needed > MAX_EAGER_BYTES:
+        raise ValueError(
+            f"{len(source)} images of {shape} take {needed / 1024**3:.1f} GiB as float32, more "
+            f"than {MAX_EAGER_BYTES / 1024**3:.0f}: use jaxrobust.data.source, whose batches are "
+            "decoded as they are needed, or a slice such as split='train[:10%]'"
+        )
+    with decoding_pool(workers) as pool:
+        return Dataset(*source.take(range(len(source)), pool), source.class_names)

@@ -1,0 +1,85 @@
+"""Any folder that holds one sub-folder of image files per class."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxrobust.data.dataset import Dataset, Record, Source, to_memory
+from jaxrobust.data.packages import require
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def _images_under(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def _split_root(path: Path, split: str) -> Path:
+    if (path / split).is_dir():
+        return path / split
+    if split == "train":
+        return path
+    raise ValueError(f"unknown split {split!r} of {path}: there is no folder {path / split}")
+
+
+def folder_source(
+    path: str | os.PathLike, split: str = "train", *, size: int | None = None
+) -> Source:
+    """Random access to a class-per-folder directory; files are opened as they are read.
+
+    Args:
+        path: the folder. If it holds a folder named like `split`, that one is read; otherwise
+            "train" means the whole folder.
+        split: "train", or the name of a sub-folder such as "val".
+        size: side in pixels to resize and centre-crop to; None needs images of one shape.
+
+    Returns:
+        The source. Labels follow the sorted class names; an index is the file's place among the
+        sorted files of the whole folder, all splits together.
+
+    Raises:
+        ValueError: no such folder or split, no classes in it, or a class without images.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"path must be a folder with one sub-folder per class, got {root}")
+    require("PIL.Image", "pillow", f"the image folder {root}")
+    top = _split_root(root, split)
+    classes = sorted(
+        child.name for child in top.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
+    if not classes:
+        raise ValueError(f"no classes: {top} holds no sub-folders")
+    index_of = {file: index for index, file in enumerate(_images_under(root))}
+    examples: list[tuple[Path, int]] = []
+    for label, name in enumerate(classes):
+        files = _images_under(top / name)
+        if not files:
+            raise ValueError(f"class folder {top / name} holds no images ({', '.join(SUFFIXES)})")
+        examples += [(file, label) for file in files]
+
+    def read(positions: Sequence[int]) -> list[Record]:
+        chosen = [examples[position] for position in positions]
+        return [Record(f.read_bytes(), label, index_of[f], str(f)) for f, label in chosen]
+
+    return Source(read, len(examples), tuple(classes), channels=3, size=size)
+
+
+def load_folder(
+    path: str | os.PathLike, split: str = "train", *, size: int | None = None
+) -> Dataset:
+    """A class-per-folder directory as arrays, in the order of class and file name.
+
+    Args:
+        path: as for `folder_source`.
+        split: as for `folder_source`.
+        size: as for `folder_source`.
+
+    Returns:
+        images [n, h, w, 3] float32 in [0, 1], labels, indices and class names.
+
+    Raises:
+        ValueError: as for `folder_source`; or files are no readable images (all are named), or
+            their shapes differ and `size` is None.
+    """
+    return to_memory(folder_source(path, split, size=size))
