@@ -1,0 +1,1 @@
+"""Experiments: one file is one table or figure; benchmarks are `bench_*.py`."""

@@ -1,0 +1,166 @@
+"""What every experiment shares: command line, results file, and where a figure came from."""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrobust import parallel
+from jaxrobust.checkpoint import atomic_write
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+PACKAGES = ("jaxrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Fields of a cell that may differ between two runs of the same command.
+TIMES = ("seconds", "train_seconds", "attack_seconds")
+
+
+def arguments(
+    doc: str, presets: Mapping[str, Any], default: str = "quick", devices: int | None = None
+) -> argparse.Namespace:
+    """The command line of an experiment, with the device options carried out already.
+
+    Args:
+        doc: the script's docstring, shown by --help.
+        presets: by name.
+        default: the preset without --preset.
+        devices: how many a CPU is split into; one per core, at most 8, by default.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=list(presets), default=default)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are written")
+    parser.add_argument("--runs", type=Path, help="checkpoints and weights (default: runs/)")
+    parser.add_argument("--plot-only", action="store_true", help="draw from the results file")
+    parser.add_argument("--devices", type=int, help="how many (CPU default: one per core)")
+    parser.add_argument("--mapping", choices=parallel.MAPPINGS, default="shard_map")
+    parser.add_argument("--coordinator", help="host:port of process 0, for several hosts")
+    parser.add_argument("--processes", type=int, help="how many hosts; found on pods and SLURM")
+    parser.add_argument("--process", type=int, help="which host this is, from 0")
+    parser.add_argument(
+        "--distributed", action="store_true", help="several hosts, all found by themselves"
+    )
+    options = parser.parse_args()
+    options.runs = options.runs or (
+        ROOT.parent / "runs" if options.out == RESULTS else options.out / "runs"
+    )
+    _start(options, devices or min(os.cpu_count() or 1, 8))
+    return options
+
+
+def _start(options, devices):
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrobust/xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    parallel.split_host(options.devices or devices)
+    if options.distributed or options.coordinator:
+        parallel.initialize(options.coordinator, options.processes, options.process)
+
+
+def mesh_for(options: argparse.Namespace, batch_size: int) -> jax.sharding.Mesh:
+    """The asked-for devices, or as many as divide the batch."""
+    if options.devices and jax.process_count() == 1:
+        return parallel.data_mesh(options.devices)
+    count = max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
+    return parallel.data_mesh(None if jax.process_count() > 1 else count)
+
+
+class Results:
+    """The cells of one results file, written whole after each new one.
+
+    A file of another configuration is refused, so that no table mixes two.
+    """
+
+    def __init__(self, path: Path, experiment: str, preset: str, config: Any):
+        """Opens `path` if it exists; `config` is the experiment's frozen dataclass."""
+        self.path = path
+        config = json.loads(json.dumps(dataclasses.asdict(config)))
+        self.record = {"experiment": experiment, "preset": preset, "config": config, "cells": []}
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found["config"] != config:
+                raise SystemExit(f"{path} holds another configuration: move it away to run anew")
+            self.record["cells"] = found["cells"]
+
+    @property
+    def cells(self) -> list[dict]:
+        """All cells so far."""
+        return self.record["cells"]
+
+    def find(self, key: Mapping[str, Any]) -> dict | None:
+        """The cell with this key, or None."""
+        return next((cell for cell in self.cells if cell["key"] == key), None)
+
+    def add(self, key: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> None:
+        """Adds a cell and writes the file; with several hosts only the first one writes."""
+        self.cells.append(
+            {"key": dict(key), "metrics": dict(metrics), "seconds": round(seconds, 2)}
+        )
+        if jax.process_index() == 0:
+            atomic_write(self.path, json.dumps({**self.record, **provenance()}, indent=1) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, device and commit, as every results file records them."""
+    try:
+        run = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        commit = run.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else _processor()
+    cores = os.cpu_count()
+    return {
+        "versions": versions,
+        "device": f"{jax.device_count()} x {kind} ({cores} host cores)",
+        "commit": commit,
+    }
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "cpu"
+
+
+def folder_name(key: Mapping[str, Any]) -> str:
+    """A cell's key as the name of a folder."""
+    return "-".join(str(value).replace("/", "_") for value in key.values())
+
+
+def once(path: Path, make: Callable[[Path], None]) -> None:
+    """Calls `make(temporary)` and renames its file into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    make(temporary)
+    os.replace(temporary, path)
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.934 as "93.4"."""
+    return f"{100 * value:.{digits}f}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "\n".join(lines)

@@ -1,0 +1,210 @@
+"""Plots and tables of the training experiment, drawn from its results file."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+
+import jaxrobust as jr
+from experiments import common
+from experiments.common import folder_name, markdown, percent
+
+NAMES = {
+    "standard": "Standard",
+    "n_fgsm": "N-FGSM",
+    "pgd_at": "PGD-AT",
+    "trades": "TRADES",
+    "mart": "MART",
+}
+COLOURS = {
+    "standard": "#7f7f7f",
+    "n_fgsm": "#ff7f0e",
+    "pgd_at": "#1f77b4",
+    "trades": "#2ca02c",
+    "mart": "#9467bd",
+}
+UNITS = {"linf": "linf", "l2": "l2"}
+
+
+def read(path: Path) -> dict:
+    """A results file.
+
+    Raises:
+        SystemExit: it is not there yet.
+    """
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run the experiment without --plot-only first")
+    return json.loads(path.read_text())
+
+
+def rows_of(record: dict) -> dict[tuple[str, str, float, str], list[dict]]:
+    """Cells by (model, threat, eps, method), one per seed, in the file's order."""
+    rows = defaultdict(list)
+    for cell in record["cells"]:
+        key = cell["key"]
+        rows[key["model"], key["threat"], key["eps"], key["method"]].append(cell["metrics"])
+    return rows
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    mean = percent(float(np.mean(values)))
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {percent(float(np.std(values, ddof=1)))}"
+
+
+def training_table(path: Path) -> str:
+    """The Markdown table of a results file: one row per model, threat and method."""
+    record = read(path)
+    config = record["config"]
+    attack = f"pgd{config['pgd_steps']}x{config['pgd_restarts']}_accuracy"
+    header = [
+        "threat",
+        "method",
+        "clean %",
+        f"PGD-{config['pgd_steps']} x {config['pgd_restarts']} restarts %",
+        "seeds",
+        "training, TFLOP",
+        "training, s",
+    ]
+    rows = rows_of(record)
+    table = []
+    for model in config["models"]:
+        for threat, eps in config["threats"].items():
+            for method in config["methods"]:
+                cells = rows.get((model, threat, eps, method))
+                label = f"{threat} {eps:.3g}"
+                label = label if len(config["models"]) == 1 else f"{model}, {label}"
+                if not cells:
+                    table.append([label, NAMES[method], *["not run"] * 5])
+                    continue
+                table.append(
+                    [
+                        label,
+                        NAMES[method],
+                        spread([cell["clean_accuracy"] for cell in cells]),
+                        spread([cell[attack] for cell in cells]),
+                        str(len(cells)),
+                        f"{np.mean([cell['train_flops'] for cell in cells]) / 1e12:.2g}",
+                        f"{np.median([cell['train_seconds'] for cell in cells]):.0f}",
+                    ]
+                )
+    return markdown(header, table)
+
+
+def accuracy_curves(path: Path) -> None:
+    """Accuracy against eps, one panel per model and threat, mean and range over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    record = read(path)
+    rows = rows_of(record)
+    panels = list(dict.fromkeys(key[:3] for key in rows))
+    curve = f"curve_pgd{record['config']['curve_steps']}_accuracy"
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for (*where, method), cells in rows.items():
+            if tuple(where) != panel:
+                continue
+            eps = cells[0]["curve_eps"]
+            values = 100 * np.array([cell[curve] for cell in cells])
+            axis.plot(eps, values.mean(0), "o-", ms=3, color=COLOURS[method], label=NAMES[method])
+            axis.fill_between(
+                eps, values.min(0), values.max(0), color=COLOURS[method], alpha=0.2, lw=0
+            )
+        model, threat, trained = panel
+        axis.axvline(trained, color="black", lw=0.8, ls=":")
+        axis.text(trained, 101, "trained for", ha="center", va="bottom", fontsize=8)
+        axis.set(xlabel=f"eps ({UNITS[threat]})", ylim=(0, 100), xlim=(0, None))
+        axis.set_ylabel(f"accuracy under PGD-{record['config']['curve_steps']}, %")
+        axis.set_title(f"{model} on {record['config']['dataset']}, {threat}", pad=16, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    target = path.with_name(path.stem + "-curve.png")
+    common.once(target, lambda file: figure.savefig(file, dpi=110))
+    plt.close(figure)
+
+
+def adversarial_examples(config, options, test, out: Path, count: int = 6) -> None:
+    """Test images, their perturbation magnified, and the result, for every method of seed 0.
+
+    Written beside the results file. Networks whose weights are not there are left out.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    model_name, (threat, eps) = next(iter(config.models)), next(iter(config.threats.items()))
+    model = jr.models.build(model_name, **config.models[model_name])
+    attack = jr.pgd(threat, eps, steps=config.pgd_steps)
+    images, labels = test.images[:count], test.labels[:count]
+    shown = []
+    for method in config.methods:
+        key = {
+            "model": model_name,
+            "method": method,
+            "dataset": config.dataset,
+            "threat": threat,
+            "eps": eps,
+            "seed": config.seeds[0],
+            "suite": f"pgd{config.pgd_steps}x{config.pgd_restarts}",
+            "images": config.test_images,
+        }
+        folder = options.runs / "adversarial_training" / options.preset / folder_name(key)
+        try:
+            variables = jr.checkpoint.load_weights(folder / "weights.safetensors")
+        except (FileNotFoundError, SafetensorError):
+            continue
+        variables = {"batch_stats": {}, **variables}
+        x_adv = attack(
+            _cross_entropy(model.apply), images, jax.random.key(0), args=(variables, labels)
+        )
+        predicted = np.asarray(model.apply(variables, x_adv).argmax(1))
+        shown.append((method, np.asarray(x_adv), predicted))
+    if not shown:
+        return
+    figure, axes = plt.subplots(
+        1 + 2 * len(shown),
+        count,
+        figsize=(1.15 * count, 1.2 * (1 + 2 * len(shown))),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for column in range(count):
+        _draw(axes[0][column], images[column], test.class_names[labels[column]])
+        for i, (_, x_adv, predicted) in enumerate(shown):
+            delta = x_adv[column] - images[column]
+            scale = max(float(np.abs(delta).max()), 1e-9)
+            name = test.class_names[predicted[column]]
+            wrong = predicted[column] != labels[column]
+            _draw(axes[1 + 2 * i][column], x_adv[column], name, "#c00000" if wrong else "black")
+            _draw(axes[2 + 2 * i][column], 0.5 + 0.5 * delta / scale, f"x {0.5 / scale:.2g}")
+    axes[0][0].set_ylabel("image", fontsize=8)
+    for i, (method, *_) in enumerate(shown):
+        axes[1 + 2 * i][0].set_ylabel(f"against\n{NAMES[method]}", fontsize=8)
+        axes[2 + 2 * i][0].set_ylabel("delta", fontsize=8)
+    figure.suptitle(f"PGD-{config.pgd_steps}, {threat} {eps:.3g}: prediction above", fontsize=9)
+    target = out / f"adversarial_training-{options.preset}-examples.png"
+    common.once(target, lambda file: figure.savefig(file, dpi=110))
+    plt.close(figure)
+
+
+def _cross_entropy(apply):
+    return lambda x, variables, labels: jr.losses.cross_entropy(apply(variables, x), labels)
+
+
+def _draw(axis, image, title, colour="black"):
+    grey = image.shape[-1] == 1
+    axis.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
+    axis.set_title(title, fontsize=7, color=colour, pad=2)
