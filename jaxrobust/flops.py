@@ -138,6 +138,8 @@ def _of_equation(equation, rules) -> Counts:
     if name == "conv_general_dilated":
         shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
         return _product(conv_macs(*shapes, params, count_padding=rules.count_padding))
+    if name == "jaxrobust_conv2d":  # models/convolution.py
+        return _product(_own_conv_macs(params, rules))
     known = name.startswith(_HOLDS_A_SCALAR_PROGRAM) or not any(map(_is_program, params.values()))
     if name in _UNCOUNTED or not known:
         raise NotImplementedError(f"count_flops has no rule for the primitive {name!r}")
@@ -145,6 +147,25 @@ def _of_equation(equation, rules) -> Counts:
     outputs = (v.aval for v in equation.outvars)
     out = sum(math.prod(a.shape) for a in outputs if jnp.issubdtype(a.dtype, jnp.inexact))
     return Counts(_elementwise(name, inside, out, params), 0)
+
+
+def _own_conv_macs(params, rules) -> int:
+    """Of `models.conv2d` and its gradients: one sum of products, whichever is asked for."""
+    x, kernel, y = params["shapes"]
+    taps = [
+        _taps(
+            size=x[1 + d],
+            kernel=kernel[d],
+            out=y[1 + d],
+            stride=params["strides"][d],
+            low=params["pads"][d][0],
+            lhs_dilation=1,
+            rhs_dilation=1,
+            count_padding=rules.count_padding,
+        )
+        for d in range(2)
+    ]
+    return y[0] * y[3] * kernel[2] * math.prod(taps)
 
 
 def _product(macs) -> Counts:

@@ -1,11 +1,14 @@
 """Tests of the operation counts: closed forms, unrolled twins and XLA's own analysis."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxrobust import models
 from jaxrobust.flops import Counts, count_flops
 
 X, W = jnp.ones((4, 16)), jnp.ones((16, 16))
@@ -246,3 +249,25 @@ def test_a_primitive_without_a_rule_is_an_error_not_a_guess():
 def test_nothing_is_run_and_keywords_pass_through():
     shape = of_shape(100_000, 100_000)  # 40 GB, were it real.
     assert count_flops(lambda a, *, b: a @ b, shape, b=shape).matmul == 2 * 10**15
+
+
+def test_our_own_convolution_counts_like_the_compilers():
+    x, kernel = jnp.ones((2, 7, 6, 4)), jnp.ones((3, 3, 2, 6))
+    own = functools.partial(models.conv2d, stride=2, padding=1, groups=2)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (2, 2),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+        )
+
+    for padded in (True, False):
+        forward = count_flops(own, x, kernel, count_padding=padded).matmul
+        assert forward == count_flops(plain, x, kernel, count_padding=padded).matmul > 0
+        # Both gradients cost one convolution each.
+        gradient = jax.grad(lambda x, k: (own(x, k) ** 2).sum(), (0, 1))
+        assert count_flops(gradient, x, kernel, count_padding=padded).matmul == 3 * forward

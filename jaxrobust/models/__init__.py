@@ -1,0 +1,27 @@
+"""Models as pure functions: `init`, `apply` and `train`, with normalisation inside."""
+
+from jaxrobust.models.autoencoder import AutoEncoder, autoencoder
+from jaxrobust.models.cnn import small_cnn
+from jaxrobust.models.convolution import conv2d
+from jaxrobust.models.layers import Mode, normalise
+from jaxrobust.models.model import Model, from_linen
+from jaxrobust.models.registry import build
+from jaxrobust.models.resnet import preact_resnet, preact_resnet18, wide_resnet
+from jaxrobust.models.vit import vit, vit_preset
+
+__all__ = [
+    "AutoEncoder",
+    "Mode",
+    "Model",
+    "autoencoder",
+    "build",
+    "conv2d",
+    "from_linen",
+    "normalise",
+    "preact_resnet",
+    "preact_resnet18",
+    "small_cnn",
+    "vit",
+    "vit_preset",
+    "wide_resnet",
+]

@@ -1,0 +1,385 @@
+"""Convolution of channel-last images: one function for every layer, fast on CPUs inside loops too.
+
+    y[b, i, j, o] = sum_{u, v, c} x[b, s i + u - p, s j + v - p, c] kernel[u, v, c, o]
+
+A convolution and its two gradients are one trilinear form in (x, kernel, y), solved for y, x or
+kernel. One JAX primitive, `conv2d`, holds the three; the derivative of each is again one of the
+three. So `grad` and `jvp` of any order, `vmap`, `jit`, `shard_map` and `remat` work, and the
+algorithm is chosen when a program is compiled for a platform: XLA's convolution everywhere except
+on CPUs, where `_cpu_*` choose by shape.
+
+Why CPUs differ: XLA's transposed convolution inside a loop body loses its fast kernel (JAX issue
+12868).
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+_NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def conv2d(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "kh kw ci co"],
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | Sequence[tuple[int, int]] = "SAME",
+    groups: int = 1,
+) -> Float[Array, "b oh ow co"]:
+    """Two-dimensional cross-correlation, NHWC images with an HWIO kernel.
+
+    On CPUs, 3x3 convolutions of 64 channels or more run as Winograd's F(4, 3) along the height:
+    within 1e-5 of the direct sum, relative to the largest output.
+
+    Args:
+        x: [b, h, w, c] images or features, float32 or bfloat16.
+        kernel: [kh, kw, c / groups, co] weights of the same dtype.
+        stride: steps along height and width, >= 1.
+        padding: "SAME", "VALID", one number for all four sides, or ((top, bottom), (left, right)).
+        groups: input and output channels are split into as many independent convolutions.
+
+    Returns:
+        [b, oh, ow, co] in the dtype of `x`.
+
+    Raises:
+        ValueError: channels, groups, stride or padding that do not fit together.
+
+    Source: Winograd 1980; Lavin and Gray 2016, "Fast algorithms for convolutional neural
+    networks", section 4.
+    """
+    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    _check(x, kernel, strides, groups)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding.upper())
+    elif isinstance(padding, int):
+        padding = ((padding, padding),) * 2
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    sizes = zip(x.shape[1:3], kernel.shape[:2], strides, pads, strict=True)
+    out = tuple((n + low + high - k) // s + 1 for n, k, s, (low, high) in sizes)
+    if min(out) < 1:
+        raise ValueError(f"padding must leave an output, got {padding} for {x.shape[1:3]} images")
+    x, kernel = _equally_varying(x, kernel)
+    shapes = (x.shape, kernel.shape, (x.shape[0], *out, kernel.shape[3]))
+    return conv2d_p.bind(
+        x, kernel, solve="y", shapes=shapes, strides=strides, pads=pads, groups=groups
+    )
+
+
+def _check(x, kernel, strides, groups):
+    if x.dtype != kernel.dtype:
+        raise ValueError(f"kernel must have the dtype of x, {x.dtype}, got {kernel.dtype}")
+    if len(strides) != 2 or min(strides) < 1:
+        raise ValueError(f"stride must be one or two integers >= 1, got {strides}")
+    if groups < 1 or x.shape[3] % groups or kernel.shape[3] % groups:
+        channels = (x.shape[3], kernel.shape[3])
+        raise ValueError(f"groups must divide the channels {channels}, got {groups}")
+    if kernel.shape[2] * groups != x.shape[3]:
+        expected = x.shape[3] // groups
+        raise ValueError(f"kernel must have {expected} input channels, got {kernel.shape[2]}")
+
+
+def _equally_varying(*arrays):
+    """Under `shard_map` the operands of one primitive must vary over the same mesh axes."""
+    have = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    every = frozenset().union(*have)
+    lacking = [tuple(sorted(every - h)) for h in have]
+    pairs = zip(arrays, lacking, strict=True)
+    return [lax.pcast(a, axes, to="varying") if axes else a for a, axes in pairs]
+
+
+# The primitive. `solve` names the unknown of the trilinear form; the operands are the other two
+# of (x, w, y), in this order except that a gradient y comes first for x: ("y": x, w), ("x": y, w),
+# ("w": x, y). `shapes` are those of (x, w, y).
+
+conv2d_p = Primitive("jaxrobust_conv2d")
+_OPERANDS = {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}
+
+
+def _solve(unknown, known, params):
+    first, second = _OPERANDS[unknown]
+    return conv2d_p.bind(known[first], known[second], **{**params, "solve": unknown})
+
+
+def _transpose(position, cotangent, first, second, *, solve, **params):
+    """Solve for the operand at `position`: the cotangent takes the place of the old unknown."""
+    names = _OPERANDS[solve]
+    known = {solve: cotangent, names[1 - position]: (first, second)[1 - position]}
+    return _solve(names[position], known, params)
+
+
+def _abstract(first, second, *, solve, shapes, **_):
+    del second
+    return first.update(shape=shapes["xwy".index(solve)], weak_type=False)
+
+
+def _batch(args, dims, *, solve, shapes, groups, **params):
+    """Fold a mapped axis into the batch or, where kernels are mapped too, into the groups."""
+    names = _OPERANDS[solve]
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    one_kernel = "w" in names and dims[names.index("w")] is None
+    axis = 0 if one_kernel else 3
+    folded = tuple(
+        shape if name == "w" and one_kernel else _merged_shape(shape, axis, size)
+        for name, shape in zip("xwy", shapes, strict=True)
+    )
+    operands = [
+        a if name == "w" and one_kernel else _merge(a, d, axis, size)
+        for name, a, d in zip(names, args, dims, strict=True)
+    ]
+    groups = groups if one_kernel else groups * size
+    out = conv2d_p.bind(*operands, solve=solve, shapes=folded, groups=groups, **params)
+    shape = shapes["xwy".index(solve)]
+    return out.reshape(*shape[:axis], size, *shape[axis:]), axis
+
+
+def _merge(a, dim, axis, size):
+    """Make the mapped axis the slower part of `axis`."""
+    a = jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+    return jnp.moveaxis(a, 0, axis).reshape(_merged_shape(a.shape[1:], axis, size))
+
+
+def _merged_shape(shape, axis, size):
+    return (*shape[:axis], size * shape[axis], *shape[axis + 1 :])
+
+
+def _plain(first, second, *, solve, shapes, strides, pads, groups):
+    """XLA's convolution, and its own transposes."""
+
+    def forward(x, w):
+        return lax.conv_general_dilated(
+            x, w, strides, pads, dimension_numbers=_NUMBERS, feature_group_count=groups
+        )
+
+    if solve == "y":
+        return forward(first, second)
+    shape = jax.ShapeDtypeStruct(shapes["xwy".index(solve)], first.dtype)
+    if solve == "x":
+        return jax.linear_transpose(lambda x: forward(x, second), shape)(first)[0]
+    return jax.linear_transpose(lambda w: forward(first, w), shape)(second)[0]
+
+
+def _cpu(first, second, *, solve, shapes, strides, pads, groups):
+    """The choice of algorithm on CPUs; bfloat16 has no fast kernels there."""
+    a, b = first.astype(jnp.float32), second.astype(jnp.float32)
+    if solve == "y":
+        out = _cpu_forward(a, b, strides, pads, groups)
+    elif solve == "x":
+        out = _cpu_input_gradient(a, b, shapes[0], strides, pads, groups)
+    else:
+        out = _cpu_kernel_gradient(a, b, shapes[1], strides, pads, groups)
+    return out.astype(first.dtype)
+
+
+ad.defbilinear(conv2d_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
+batching.primitive_batchers[conv2d_p] = _batch
+conv2d_p.def_abstract_eval(_abstract)
+mlir.register_lowering(conv2d_p, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(conv2d_p, mlir.lower_fun(_cpu, multiple_results=False), platform="cpu")
+
+
+@conv2d_p.def_impl
+def _eager(first, second, **params):
+    return _compiled(tuple(sorted(params.items())))(first, second)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(params):
+    return jax.jit(functools.partial(conv2d_p.bind, **dict(params)))
+
+
+# Algorithms for CPUs.
+
+
+def _cpu_forward(x, w, strides, pads, groups):
+    if w.shape[2] == 1:
+        return _shifted_products(x, w, strides, pads)
+    if _winograd_pays(x, w.shape, strides, groups):
+        return _winograd(x, w, pads)
+    return lax.conv_general_dilated(
+        x, w, strides, pads, dimension_numbers=_NUMBERS, feature_group_count=groups
+    )
+
+
+def _cpu_input_gradient(y, w, shape, strides, pads, groups):
+    """Each phase of the stride is a plain convolution of y with its own taps, flipped.
+
+    Row s t + r of x meets y[t + (r + p - u) / s] through the taps u = r + p (mod s).
+    """
+    if groups == 1 and shape[3] <= 4:
+        return _scattered_products(y, w, shape, strides, pads)
+    flipped = _swap_channels(w, groups)[::-1, ::-1]
+    blocks = [-(-n // s) for n, s in zip(shape[1:3], strides, strict=True)]
+    axes = [
+        [_phase(*sizes, r) for r in range(sizes[1])]
+        for sizes in zip(w.shape, strides, pads, blocks, y.shape[1:3], strict=False)
+    ]
+
+    def phase(taps, window):
+        sub = flipped[taps[0], taps[1]]
+        if sub.size == 0:  # A stride beyond the kernel skips pixels.
+            return jnp.zeros((shape[0], *blocks, shape[3]), y.dtype)
+        return _cpu_forward(y, sub, (1, 1), window, groups)
+
+    rows = [
+        jnp.stack([phase(*zip(row, column, strict=True)) for column in axes[1]], 3)
+        for row in axes[0]
+    ]
+    height, width = (n * s for n, s in zip(blocks, strides, strict=True))
+    x = jnp.stack(rows, 2).reshape(shape[0], height, width, shape[3])
+    return x[:, : shape[1], : shape[2]]
+
+
+def _phase(kernel, stride, pads, blocks, outputs, residue):
+    """Taps (of the flipped kernel) and padding that give the pixels of one residue, one axis."""
+    first = (residue + pads[0]) % stride
+    count = len(range(first, kernel, stride))
+    last = first + stride * (count - 1)
+    low = (last - residue - pads[0]) // stride
+    return slice(kernel - 1 - last, None, stride), (low, blocks - outputs - low + count - 1)
+
+
+def _scattered_products(y, w, shape, strides, pads):
+    """One matrix product gives every tap's share of x; few input channels keep it small."""
+    kh, kw, ci, co = w.shape
+    shares = (y.reshape(-1, co) @ w.reshape(-1, co).T).reshape(*y.shape[:3], kh, kw, ci)
+    zero = jnp.zeros((), y.dtype)
+
+    def place(u, v):
+        edges = [
+            (t - low, n + low - t - s * (size - 1) - 1, s - 1)
+            for t, s, (low, _), n, size in zip(
+                (u, v), strides, pads, shape[1:3], y.shape[1:3], strict=True
+            )
+        ]
+        return lax.pad(shares[:, :, :, u, v], zero, ((0, 0, 0), *edges, (0, 0, 0)))
+
+    return sum(place(u, v) for u in range(kh) for v in range(kw))
+
+
+def _cpu_kernel_gradient(x, y, shape, strides, pads, groups):
+    """Matrix products of patches with y, summed over batch and positions."""
+    kh, kw, ci, co = shape
+    if ci == 1:
+        columns = [
+            (jnp.repeat(tap, co // groups, 3) if groups > 1 else tap) * y
+            for tap in _taps(x, (kh, kw), strides, pads, y.shape[1:3])
+        ]
+        return jnp.stack([c.sum((0, 1, 2)) for c in columns]).reshape(shape)
+    if _winograd_pays(x, shape, strides, groups):
+        return _winograd_kernel_gradient(x, y, pads)
+    taps = _taps(x, (kh, kw), strides, pads, y.shape[1:3])
+    if groups > 1:
+        split = y.reshape(*y.shape[:3], groups, co // groups)
+        parts = [
+            jnp.einsum("bhwgc,bhwgd->cgd", t.reshape(*t.shape[:3], groups, ci), split) for t in taps
+        ]
+        return jnp.stack(parts).reshape(shape)
+    y = y.reshape(-1, co).T
+    # All taps in one product while the patches are small, else one product per row of taps.
+    n = kh * kw if kh * kw * ci <= 512 else kw
+    parts = [
+        y @ jnp.concatenate(taps[i : i + n], 3).reshape(-1, n * ci) for i in range(0, kh * kw, n)
+    ]
+    return jnp.concatenate(parts, 1).T.reshape(shape)
+
+
+def _taps(x, kernel, strides, pads, out):
+    """Views of the padded images, one per position of the kernel, row by row."""
+    x = _pad(x, pads)
+    return [
+        x[:, u :: strides[0], v :: strides[1]][:, : out[0], : out[1]]
+        for u, v in itertools.product(*map(range, kernel))
+    ]
+
+
+def _pad(x, pads):
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)))
+
+
+def _shifted_products(x, w, strides, pads):
+    """One input channel per group (depthwise, or grey images): no matrix product is needed."""
+    kh, kw, _, co = w.shape
+    out = [
+        (n + sum(p) - k) // s + 1
+        for n, p, k, s in zip(x.shape[1:3], pads, (kh, kw), strides, strict=True)
+    ]
+    repeats = co // x.shape[3] if x.shape[3] > 1 else 1
+    taps = _taps(jnp.repeat(x, repeats, 3), (kh, kw), strides, pads, out)
+    return sum(t * k for t, k in zip(taps, w.reshape(kh * kw, co), strict=True))
+
+
+def _swap_channels(w, groups):
+    kh, kw, ci, co = w.shape
+    w = w.reshape(kh, kw, ci, groups, co // groups).transpose(0, 1, 4, 3, 2)
+    return w.reshape(kh, kw, co // groups, groups * ci)
+
+
+# Winograd's F(4, 3) along the height (Lavin and Gray 2016, section 4.3): tiles of six rows give
+# four rows of output with six products per column instead of twelve. Along the width the
+# convolution stays direct: the second dimension would halve the products again, but its
+# transforms cost more time than that saves on CPUs.
+
+_ROWS = 4
+_INPUT = ((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
+          (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1))  # fmt: skip
+_KERNEL = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
+           (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
+_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+
+
+def _winograd_pays(x, kernel_shape, strides, groups):
+    kh, kw, ci, co = kernel_shape
+    square = (kh, kw, groups, tuple(strides)) == (3, 3, 1, (1, 1))
+    return square and min(ci, co) >= 64 and x.shape[1] >= _ROWS
+
+
+def _combine(coefficients, terms):
+    pairs = zip(coefficients, terms, strict=True)
+    return sum(t if c == 1 else c * t for c, t in pairs if c)
+
+
+def _tiled_rows(x, pads):
+    """The six transformed rows of every tile: six arrays [b, tiles, w, c]."""
+    outputs = x.shape[1] + sum(pads[0]) - 2
+    tiles = -(-outputs // _ROWS)
+    x = _pad(x, ((pads[0][0], pads[0][1] + tiles * _ROWS - outputs), (0, 0)))
+    rows = [x[:, i::_ROWS][:, :tiles] for i in range(_ROWS + 2)]
+    return [_combine(line, rows) for line in _INPUT], outputs, tiles
+
+
+def _winograd(x, w, pads):
+    rows, outputs, tiles = _tiled_rows(x, pads)
+    kernels = [_combine(line, w) for line in _KERNEL]
+    products = [
+        lax.conv_general_dilated(r, k[None], (1, 1), ((0, 0), pads[1]), dimension_numbers=_NUMBERS)
+        for r, k in zip(rows, kernels, strict=True)
+    ]
+    y = jnp.stack([_combine(line, products) for line in _OUTPUT], 2)
+    return y.reshape(y.shape[0], tiles * _ROWS, *y.shape[3:])[:, :outputs]
+
+
+def _winograd_kernel_gradient(x, y, pads):
+    """The transpose of `_winograd` with respect to its kernel."""
+    rows, outputs, tiles = _tiled_rows(_pad(x, ((0, 0), pads[1])), pads)
+    y = _pad(y, ((0, tiles * _ROWS - outputs), (0, 0)))
+    lines = [y[:, i::_ROWS] for i in range(_ROWS)]
+    width, ci, co = y.shape[2], x.shape[3], y.shape[3]
+
+    def products(row, *coefficients):
+        line = _combine(coefficients, lines).reshape(-1, co).T
+        return jnp.stack([line @ row[:, :, v : v + width].reshape(-1, ci) for v in range(3)])
+
+    grads = [
+        products(r, *column) for r, column in zip(rows, zip(*_OUTPUT, strict=True), strict=True)
+    ]
+    return jnp.stack([_combine(column, grads) for column in zip(*_KERNEL, strict=True)]).swapaxes(
+        2, 3
+    )

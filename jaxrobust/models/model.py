@@ -1,0 +1,234 @@
+"""A model is a value: pure functions around a Linen module, with activations to read or to nudge.
+
+    model = wide_resnet(depth=28, width=10)
+    variables = model.init(jax.random.key(0), (32, 32, 3))
+    logits = model.apply(variables, x)
+    logits, taps = model.apply(variables, x, taps=("block3", "features"))
+    grad = jax.grad(lambda d: model.apply(variables, x, perturbations={"block3": d})[:, 3].sum())
+
+A tap is the output of the submodule of that path ("block3", "block3.0.conv1"), as with a forward
+hook in PyTorch. The gradient with respect to a perturbation of zero is the gradient with respect to
+the activation (Grad-CAM); maximising a loss over the perturbation is a latent attack.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float
+
+from jaxrobust.models.layers import INFERENCE, Mode
+
+Variables = Mapping[str, Any]
+_TAPS = "taps"
+
+
+class Model(NamedTuple):
+    """A network as pure functions.
+
+    Attributes:
+        init: (key, shape=(h, w, c)) -> variables: {"params": ...} and, with BatchNorm,
+            "batch_stats".
+        apply: (variables, x, taps=(), perturbations=None) -> logits, or, when taps are asked for,
+            (logits, {name: activation}). Inference mode; x is [b, h, w, c] in [0, 1].
+        train: (variables, x, *, axis_name=None, dtype=None, taps=()) -> (logits, batch_stats), and
+            {name: activation} third when taps are asked for. Training mode; BatchNorm's statistics
+            are those of the batch over all of `axis_name`; `dtype` is the compute dtype
+            (jnp.bfloat16); parameters stay float32 and logits come back in float32.
+        config: JSON-able; `models.build(**config)` makes the same model again.
+    """
+
+    init: Callable[..., dict]
+    apply: Callable[..., Any]
+    train: Callable[..., Any]
+    config: dict[str, Any]
+
+
+def from_linen(module: nn.Module, *, name: str | None = None) -> Model:
+    """The pure functions of a Linen module.
+
+    Args:
+        module: unbound; its `__call__` takes x [b, h, w, c] and, if it likes, `mode: Mode` (all of
+            this package's) or `train: bool` (most others); without either it has one mode.
+        name: the `config`'s name, by default the module's class. Only names that
+            `models.build` knows can be built again from their config.
+
+    Returns:
+        The model.
+    """
+    call = functools.partial(_call, module)
+    return Model(
+        init=initialiser(module),
+        apply=functools.partial(_apply, call),
+        train=functools.partial(_train, call),
+        config=config_of(module, name),
+    )
+
+
+def config_of(module: nn.Module, name: str | None) -> dict[str, Any]:
+    """{"name": ..., field: value, ...}, JSON-able: tuples as lists, what JSON lacks as repr."""
+    fields = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+    values = {field: _jsonable(getattr(module, field)) for field in fields}
+    return {"name": name or type(module).__name__, **values}
+
+
+def initialiser(module: nn.Module) -> Callable[..., dict]:
+    """(key, shape) -> variables, compiled: run eagerly, a large net's forward takes seconds."""
+
+    @functools.partial(jax.jit, static_argnames="shape")
+    def draw(key: Array, shape: tuple[int, ...]) -> dict:
+        return module.init(_quick_to_compile(key), jnp.zeros((1, *shape), jnp.float32))
+
+    def init(key: Array, shape: Sequence[int]) -> dict:
+        """Draw the variables for images of `shape` (h, w, c) from a typed key."""
+        if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+            raise ValueError(f"key must be typed, jax.random.key(0), got {key!r}")
+        if len(shape) != 3 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
+            raise ValueError(f"shape must be (h, w, c), three integers > 0, got {shape}")
+        return dict(draw(key, tuple(int(n) for n in shape)))
+
+    return init
+
+
+def _quick_to_compile(key: Array) -> Array:
+    # Every parameter draws by itself, and XLA takes 0.4 s over each Threefry draw on CPU: 7 s for a
+    # WideResNet-10. Its own generator ("rbg") compiles in 2 s. Weights are then the same for a seed
+    # on one kind of device, and may be another draw on another kind.
+    data = jax.random.key_data(key)
+    return jax.random.wrap_key_data(jnp.resize(data, (4,)), impl="rbg")
+
+
+def images(x: ArrayLike, name: str = "x") -> Array:
+    """Return x as an array, or an error where it is not a batch of float images."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be float in [0, 1], got {x.dtype}")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must be [b, h, w, c], got shape {x.shape}")
+    return x
+
+
+def _apply(
+    call: Callable[..., Any],
+    variables: Variables,
+    x: ArrayLike,
+    taps: Sequence[str] = (),
+    perturbations: Mapping[str, ArrayLike] | None = None,
+) -> Any:
+    """Logits in inference mode.
+
+    Args:
+        call: the module's call, bound by `from_linen`.
+        variables: "params" and, with BatchNorm, "batch_stats".
+        x: [b, h, w, c] float images in [0, 1].
+        taps: names of activations to return.
+        perturbations: {name: delta}; each delta, of its activation's shape, is added to it before
+            the rest of the network sees it.
+
+    Returns:
+        [b, classes] logits, or (logits, {name: activation}) when `taps` is not empty.
+
+    Raises:
+        ValueError: x is not a batch of float images, a tap is unknown, or a delta has another shape
+            than its activation.
+    """
+    logits, _, values = call(variables, images(x), INFERENCE, taps, perturbations or {})
+    return (logits, values) if taps else logits
+
+
+def _train(
+    call: Callable[..., Any],
+    variables: Variables,
+    x: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
+    dtype: DTypeLike | None = None,
+    taps: Sequence[str] = (),
+) -> Any:
+    """Logits in training mode and the running statistics after this batch; see `Model.train`."""
+    mode = Mode(train=True, axis_name=axis_name, dtype=dtype)
+    logits, batch_stats, values = call(variables, images(x), mode, taps, {})
+    return (logits, batch_stats, values) if taps else (logits, batch_stats)
+
+
+def _call(
+    module: nn.Module,
+    variables: Variables,
+    x: Float[Array, "b h w c"],
+    mode: Mode,
+    taps: Sequence[str],
+    perturbations: Mapping[str, ArrayLike],
+) -> tuple[Array, dict, dict[str, Array]]:
+    """(output, batch_stats, {name: activation}) of one call of the module."""
+    if isinstance(taps, str):
+        raise ValueError(f"taps must be a tuple of names, got the string {taps!r}")
+    watched = bool(taps or perturbations)
+    mutable = ["batch_stats"] * mode.train + [_TAPS] * watched
+    run = functools.partial(module.apply, variables, x, **_mode_arguments(module, variables, mode))
+    if watched:
+        with nn.intercept_methods(_tapping(perturbations)):
+            out, state = run(mutable=mutable)
+    else:
+        out, state = run(mutable=mutable) if mutable else (run(), {})
+    out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+    found = {".".join(path[:-1]): a for path, a in flatten_dict(state.get(_TAPS, {})).items()}
+    _check_known("taps", taps, found)
+    _check_known("perturbations", perturbations, found)
+    return out, dict(state.get("batch_stats", {})), {name: found[name] for name in taps}
+
+
+def _mode_arguments(module: nn.Module, variables: Variables, mode: Mode) -> dict[str, Any]:
+    known = inspect.signature(type(module).__call__).parameters
+    if "mode" in known:
+        return {"mode": mode}
+    if mode.dtype is not None:
+        raise ValueError(f"dtype needs a module whose call takes `mode`, got {type(module)}")
+    if mode.axis_name is not None and variables.get("batch_stats"):
+        # Its statistics would be those of one device, and differ between the devices.
+        raise ValueError(f"axis_name needs a module whose call takes `mode`, got {type(module)}")
+    return {"train": mode.train} if "train" in known else {}
+
+
+def _tapping(perturbations: Mapping[str, ArrayLike]) -> Callable[..., Any]:
+    """An interceptor that nudges and records what every submodule returns."""
+
+    def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = next_fun(*args, **kwargs)
+        name = ".".join(context.module.path)
+        if context.method_name != "__call__" or not name or not isinstance(out, jax.Array):
+            return out
+        if name in perturbations:
+            out = _nudge(name, out, perturbations[name])
+        keep_last = {"init_fn": lambda: None, "reduce_fn": lambda _, new: new}
+        context.module.sow(_TAPS, "__call__", out, **keep_last)
+        return out
+
+    return interceptor
+
+
+def _nudge(name: str, activation: Array, delta: ArrayLike) -> Array:
+    if jnp.shape(delta) != activation.shape:
+        raise ValueError(
+            f"perturbations[{name!r}] must have shape {activation.shape}, got {jnp.shape(delta)}"
+        )
+    return activation + jnp.asarray(delta).astype(activation.dtype)
+
+
+def _check_known(argument: str, names: Iterable[str], found: Mapping[str, Any]) -> None:
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise ValueError(f"{argument} must be among {', '.join(found)}; got {', '.join(unknown)}")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)

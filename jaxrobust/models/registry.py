@@ -1,0 +1,38 @@
+"""Models by name: a saved `config` becomes the same model again."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxrobust.models.autoencoder import AutoEncoder, autoencoder
+from jaxrobust.models.cnn import small_cnn
+from jaxrobust.models.layers import check_choice
+from jaxrobust.models.model import Model
+from jaxrobust.models.resnet import preact_resnet, preact_resnet18, wide_resnet
+from jaxrobust.models.vit import vit, vit_preset
+
+FACTORIES: Mapping[str, Callable[..., Model | AutoEncoder]] = {
+    "autoencoder": autoencoder,
+    "preact_resnet": preact_resnet,
+    "preact_resnet18": preact_resnet18,
+    "small_cnn": small_cnn,
+    "vit": vit,
+    "vit_preset": vit_preset,
+    "wide_resnet": wide_resnet,
+}
+
+
+def build(name: str, **config: Any) -> Model | AutoEncoder:
+    """The model called `name`; `build(**model.config)` makes `model` again, after JSON too.
+
+    Args:
+        name: a factory of this package, such as "wide_resnet".
+        config: the factory's arguments; those left out take its defaults.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the name is unknown, or the factory refuses an argument.
+    """
+    check_choice("name", name, tuple(FACTORIES))
+    return FACTORIES[name](**config)
