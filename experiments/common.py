@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -53,6 +55,7 @@ def arguments(
     options.runs = options.runs or (
         ROOT.parent / "runs" if options.out == RESULTS else options.out / "runs"
     )
+    options.experiment = Path(sys.argv[0]).stem
     _start(options, devices or min(os.cpu_count() or 1, 8))
     return options
 
@@ -141,9 +144,15 @@ def _processor():
         return platform.processor() or "cpu"
 
 
-def folder_name(key: Mapping[str, Any]) -> str:
-    """A cell's key as the name of a folder."""
-    return "-".join(str(value).replace("/", "_") for value in key.values())
+def run_folder(options: argparse.Namespace, config: Any, key: Mapping[str, Any]) -> Path:
+    """Where a cell keeps its checkpoints and weights.
+
+    The configuration is part of the name: a changed one must not go on from the old one's state.
+    """
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:8]
+    cell = "-".join(str(value).replace("/", "_") for value in key.values())
+    return options.runs / f"{options.experiment}-{options.preset}-{fingerprint}" / cell
 
 
 def once(path: Path, make: Callable[[Path], None]) -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 
 import jaxrobust as jr
 from experiments import common
-from experiments.common import folder_name, markdown, percent
+from experiments.common import markdown, percent
 
 NAMES = {
     "standard": "Standard",
     "n_fgsm": "N-FGSM",
+    "n_fgsm_guarded": "N-FGSM, guarded",
     "pgd_at": "PGD-AT",
     "trades": "TRADES",
     "mart": "MART",
@@ -22,6 +22,7 @@ NAMES = {
 COLOURS = {
     "standard": "#7f7f7f",
     "n_fgsm": "#ff7f0e",
+    "n_fgsm_guarded": "#d62728",
     "pgd_at": "#1f77b4",
     "trades": "#2ca02c",
     "mart": "#9467bd",
@@ -69,7 +70,6 @@ def training_table(path: Path) -> str:
         f"PGD-{config['pgd_steps']} x {config['pgd_restarts']} restarts %",
         "seeds",
         "training, TFLOP",
-        "training, s",
     ]
     rows = rows_of(record)
     table = []
@@ -80,7 +80,7 @@ def training_table(path: Path) -> str:
                 label = f"{threat} {eps:.3g}"
                 label = label if len(config["models"]) == 1 else f"{model}, {label}"
                 if not cells:
-                    table.append([label, NAMES[method], *["not run"] * 5])
+                    table.append([label, NAMES[method], *["not run"] * 4])
                     continue
                 table.append(
                     [
@@ -89,8 +89,9 @@ def training_table(path: Path) -> str:
                         spread([cell["clean_accuracy"] for cell in cells]),
                         spread([cell[attack] for cell in cells]),
                         str(len(cells)),
-                        f"{np.mean([cell['train_flops'] for cell in cells]) / 1e12:.2g}",
-                        f"{np.median([cell['train_seconds'] for cell in cells]):.0f}",
+                        # The guard's price depends on how often it acts: counted as always.
+                        ("<= " if "guarded" in method else "")
+                        + f"{np.mean([cell['train_flops'] for cell in cells]) / 1e12:.2g}",
                     ]
                 )
     return markdown(header, table)
@@ -133,8 +134,8 @@ def accuracy_curves(path: Path) -> None:
     plt.close(figure)
 
 
-def adversarial_examples(config, options, test, out: Path, count: int = 6) -> None:
-    """Test images, their perturbation magnified, and the result, for every method of seed 0.
+def adversarial_examples(config, options, keys: list[dict], test, count: int = 6) -> None:
+    """Test images, their perturbation magnified, and the result, for the first cell of each method.
 
     Written beside the results file. Networks whose weights are not there are left out.
     """
@@ -143,26 +144,17 @@ def adversarial_examples(config, options, test, out: Path, count: int = 6) -> No
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    model_name, (threat, eps) = next(iter(config.models)), next(iter(config.threats.items()))
+    model_name, threat, eps = (keys[0][name] for name in ("model", "threat", "eps"))
     model = jr.models.build(model_name, **config.models[model_name])
     attack = jr.pgd(threat, eps, steps=config.pgd_steps)
     images, labels = test.images[:count], test.labels[:count]
     shown = []
     for method in config.methods:
-        key = {
-            "model": model_name,
-            "method": method,
-            "dataset": config.dataset,
-            "threat": threat,
-            "eps": eps,
-            "seed": config.seeds[0],
-            "suite": f"pgd{config.pgd_steps}x{config.pgd_restarts}",
-            "images": config.test_images,
-        }
-        folder = options.runs / "adversarial_training" / options.preset / folder_name(key)
+        key = next(key for key in keys if key["method"] == method)
+        folder = common.run_folder(options, config, key)
         try:
             variables = jr.checkpoint.load_weights(folder / "weights.safetensors")
-        except (FileNotFoundError, SafetensorError):
+        except FileNotFoundError:
             continue
         variables = {"batch_stats": {}, **variables}
         x_adv = attack(
@@ -195,7 +187,7 @@ def adversarial_examples(config, options, test, out: Path, count: int = 6) -> No
         axes[1 + 2 * i][0].set_ylabel(f"against\n{NAMES[method]}", fontsize=8)
         axes[2 + 2 * i][0].set_ylabel("delta", fontsize=8)
     figure.suptitle(f"PGD-{config.pgd_steps}, {threat} {eps:.3g}: prediction above", fontsize=9)
-    target = out / f"adversarial_training-{options.preset}-examples.png"
+    target = options.out / f"adversarial_training-{options.preset}-examples.png"
     common.once(target, lambda file: figure.savefig(file, dpi=110))
     plt.close(figure)
 

@@ -1,0 +1,139 @@
+"""The experiments as their users meet them: resumable, in one schema, and quoted truly."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import common, plots, tables
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# A smoke-sized run of the first experiment: two cells instead of ten.
+PROGRAM = """
+import dataclasses, sys
+from experiments import adversarial_training as experiment, common
+sys.argv = ["adversarial_training", "--preset", "smoke", "--out", {out!r}, "--devices", "2"]
+smoke = dataclasses.replace(
+    experiment.PRESETS["smoke"], methods=("standard", "pgd_at"), threats={{"linf": 0.3}}, epochs=6
+)
+experiment.main(smoke, common.arguments("", {{"smoke": smoke}}, "smoke"))
+"""
+
+
+def environment():
+    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return {**variables, "MPLBACKEND": "agg"}
+
+
+def start(out):
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(out=str(out))],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def without_times(path):
+    record = json.loads(path.read_text())
+    for cell in record["cells"]:
+        for name in common.TIMES:
+            cell.pop(name, None)
+            cell["metrics"].pop(name, None)
+    return record["config"], record["cells"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_like_an_unbroken_one(tmp_path):
+    begun = time.monotonic()
+    whole = start(tmp_path / "whole")
+    output, _ = whole.communicate(timeout=600)
+    assert whole.returncode == 0, output
+    # The second of two unbroken runs finds everything compiled: its length sets the moments.
+    unbroken = start(tmp_path / "again")
+    begun = time.monotonic()
+    assert unbroken.wait(timeout=600) == 0
+    seconds = time.monotonic() - begun
+    name = "adversarial_training-smoke.json"
+    assert without_times(tmp_path / "whole" / name) == without_times(tmp_path / "again" / name)
+
+    draw = random.Random(0)
+    for _ in range(10):
+        run = start(tmp_path / "killed")
+        try:
+            run.wait(timeout=draw.uniform(0.1, 0.9) * seconds)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+        run.communicate()
+    last = start(tmp_path / "killed")
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output
+    assert without_times(tmp_path / "killed" / name) == without_times(tmp_path / "whole" / name)
+    assert (tmp_path / "killed" / "adversarial_training-smoke-curve.png").stat().st_size > 1000
+    assert (tmp_path / "killed" / "adversarial_training-smoke-examples.png").stat().st_size > 1000
+
+
+def test_results_of_another_configuration_are_refused(tmp_path):
+    from experiments.adversarial_training import PRESETS
+
+    path = tmp_path / "file.json"
+    results = common.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
+    results.add({"method": "standard"}, {"clean_accuracy": 1.0}, 0.0)
+    again = common.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
+    assert again.find({"method": "standard"})["metrics"] == {"clean_accuracy": 1.0}
+    with pytest.raises(SystemExit, match="another configuration"):
+        common.Results(path, "adversarial_training", "quick", PRESETS["quick"])
+
+
+@pytest.mark.parametrize("path", sorted(common.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_follow_the_schema(path):
+    record = json.loads(path.read_text())
+    assert {"experiment", "preset", "config", "versions", "device", "commit", "cells"} <= set(
+        record
+    )
+    assert path.stem.startswith(record["experiment"])
+    assert len(record["commit"]) == 40
+    keys = [json.dumps(cell["key"], sort_keys=True) for cell in record["cells"]]
+    assert len(set(keys)) == len(keys) > 0
+    for cell in record["cells"]:
+        assert set(cell) == {"key", "metrics", "seconds"}
+        for name, value in cell["metrics"].items():
+            if name.endswith("accuracy") and isinstance(value, float):
+                assert 0 <= value <= 1, f"{name} is a fraction"
+
+
+def test_the_readme_quotes_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    assert tables.filled(text) == text, "run python -m experiments.tables"
+
+
+def test_a_missing_cell_is_said_in_the_table(tmp_path):
+    from experiments.adversarial_training import PRESETS
+
+    path = tmp_path / "adversarial_training-smoke.json"
+    results = common.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
+    key = {"model": "small_cnn", "threat": "linf", "eps": 0.3, "method": "standard"}
+    metrics = {
+        "clean_accuracy": 0.5,
+        "pgd3x2_accuracy": 0.25,
+        "train_flops": 2e12,
+        "train_seconds": 3.0,
+    }
+    results.add(key, metrics, 1.0)
+    table = plots.training_table(path).splitlines()
+    assert table[2] == "| linf 0.3 | Standard | 50.0 | 25.0 | 1 | 2 |"
+    assert table[3].count("not run") == 4
+
+
+def test_plot_only_without_results_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match="run the experiment without --plot-only"):
+        plots.training_table(tmp_path / "nothing.json")
