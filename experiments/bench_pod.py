@@ -17,7 +17,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -214,21 +213,6 @@ def flop_counts(program: Program, config: Config, mesh: jax.sharding.Mesh) -> di
     }
 
 
-def memory_use(compiled: Any) -> dict[str, Any]:
-    """Bytes per chip that the compiled program needs at once, by purpose."""
-    stats = compiled.memory_analysis()
-    sizes = {
-        "argument_bytes": stats.argument_size_in_bytes,
-        "output_bytes": stats.output_size_in_bytes,
-        "aliased_bytes": stats.alias_size_in_bytes,
-        "temporary_bytes": stats.temp_size_in_bytes,
-        "code_bytes": stats.generated_code_size_in_bytes,
-    }
-    # Donated outputs lie where the arguments lay.
-    needed = sum(sizes.values()) - 2 * sizes["aliased_bytes"]
-    return {**sizes, "needed_bytes": needed, "fits": needed <= CHIP.hbm_bytes}
-
-
 def cell(program: Program, config: Config, sides: tuple[int, int]) -> dict[str, Any]:
     """Compiles a program for a slice of chips and reads what one chip does in a step."""
     mesh = mesh_of(config.platform, sides)
@@ -240,7 +224,7 @@ def cell(program: Program, config: Config, sides: tuple[int, int]) -> dict[str, 
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return {**counts, **_too_large(error)}
+        return {**counts, **roofline.too_large(error)}
     analysis = compiled.cost_analysis()
     cost = roofline.program_cost(compiled.as_text())
     return {
@@ -250,19 +234,10 @@ def cell(program: Program, config: Config, sides: tuple[int, int]) -> dict[str, 
         "bytes_accessed_hbm": cost.hbm_bytes,
         "bytes_accessed_loops_once": cost.bytes_loops_once,
         "xla_bytes_accessed_loops_once": analysis["bytes accessed"],
-        **memory_use(compiled),
+        **roofline.memory_use(compiled, CHIP),
         "collectives": cost.collectives,
         **roofline.estimate(counts["product_flops_in_bfloat16_passes"], cost, sides, CHIP),
     }
-
-
-def _too_large(error):
-    """What the compiler says of a program that does not fit; any other error is raised again."""
-    found = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
-    if found is None:
-        raise error
-    unit = {"G": 2**30, "M": 2**20}
-    return {"fits": False, "needed_bytes": int(float(found[1]) * unit[found[2]])}
 
 
 HEADER = [
@@ -335,6 +310,8 @@ def main(
     todo = [work for work in wanted if results.find(key_of(*work)) is None]
     if todo and config.platform == "tpu":
         require_libtpu()
+        # Programs for a TPU that is not there can be written to the cache but not read back.
+        jax.config.update("jax_enable_compilation_cache", False)
     for number, (name, program, sides) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {name} for {sides[0]}x{sides[1]} ...", file=sys.stderr)
         begun = time.perf_counter()

@@ -52,7 +52,7 @@ class Config:
     scaling_model: str = "mnist_cnn"
     scaling_devices: tuple[int, ...] = (1, 2, 4, 8)
     repeats: int = 7
-    seconds: float = 240.0
+    seconds: float = 60.0
     peers: bool = True
 
 

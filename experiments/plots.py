@@ -97,6 +97,41 @@ def training_table(path: Path) -> str:
     return markdown(header, table)
 
 
+def attacks_table(path: Path) -> str:
+    """The Markdown table of `bench_attacks`: images per second, and the ratio to the best peer."""
+    rates = defaultdict(dict)
+    for cell in read(path)["cells"]:
+        key, figures = cell["key"], cell["metrics"]
+        rates[key["model"], key["steps"], key["batch"]][key["library"]] = figures
+    names = list(dict.fromkeys(name for row in rates.values() for name in row))
+    ours = [name for name in names if name.startswith("jaxrobust")]
+    peers = [name for name in names if name not in ours]
+    torch_routes = [name for name in peers if name.startswith("torch")]
+    foolbox_routes = [name for name in peers if name.startswith("foolbox")]
+    header = ["network", "attack, batch", "jaxrobust", *peers, "x best torch", "x best foolbox"]
+    table = []
+    for (model, steps, batch), row in rates.items():
+        rate = {name: figures["images_per_second"] for name, figures in row.items()}
+        best = max(rate[name] for name in ours)
+
+        def ratio(names, best=best, rate=rate):
+            found = [rate[name] for name in names if name in rate]
+            return f"{best / max(found):.2f}" if found else "not run"
+
+        columns = [f"{rate[name]:.0f}" if name in rate else "not run" for name in peers]
+        table.append(
+            [
+                model,
+                f"PGD-{steps}, {batch}",
+                f"{best:.0f}",
+                *columns,
+                ratio(torch_routes),
+                ratio(foolbox_routes),
+            ]
+        )
+    return markdown(header, table)
+
+
 def accuracy_curves(path: Path) -> None:
     """Accuracy against eps, one panel per model and threat, mean and range over seeds."""
     import matplotlib

@@ -8,7 +8,7 @@ import collections
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
@@ -225,6 +225,30 @@ def _moved(instruction, types):
     if instruction.opcode == "dynamic-update-slice":
         return [inputs[1], (inputs[1][0], out[0][1])]
     return inputs + out
+
+
+def memory_use(compiled: Any, chip: Chip) -> dict[str, Any]:
+    """Bytes per chip that the compiled program needs at once, by purpose."""
+    stats = compiled.memory_analysis()
+    sizes = {
+        "argument_bytes": stats.argument_size_in_bytes,
+        "output_bytes": stats.output_size_in_bytes,
+        "aliased_bytes": stats.alias_size_in_bytes,
+        "temporary_bytes": stats.temp_size_in_bytes,
+        "code_bytes": stats.generated_code_size_in_bytes,
+    }
+    # Donated outputs lie where the arguments lay.
+    needed = sum(sizes.values()) - 2 * sizes["aliased_bytes"]
+    return {**sizes, "needed_bytes": needed, "fits": needed <= chip.hbm_bytes}
+
+
+def too_large(error: Exception) -> dict[str, Any]:
+    """What the compiler says of a program that does not fit; any other error is raised again."""
+    found = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
+    if found is None:
+        raise error
+    unit = {"G": 2**30, "M": 2**20}
+    return {"fits": False, "needed_bytes": int(float(found[1]) * unit[found[2]])}
 
 
 def collective_seconds(

@@ -16,7 +16,10 @@ from jaxrobust.checkpoint import atomic_write
 
 README = common.ROOT.parent / "README.md"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
-MAKERS = {"adversarial_training": plots.training_table}
+MAKERS = {
+    "adversarial_training": plots.training_table,
+    "bench_attacks": plots.attacks_table,
+}
 
 
 def filled(text: str, results: Path = common.RESULTS) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 # Below this a gradient's norm counts as zero; it only keeps the division finite.
@@ -36,13 +37,16 @@ class Ball(NamedTuple):
     sample: Callable[..., Array]
 
 
-def broadcast_radius(eps: Array | float, x: Float[Array, "b ..."]) -> Float[Array, "..."]:
+def broadcast_radius(
+    eps: ArrayLike, x: Float[Array, "b ..."], name: str = "eps"
+) -> Float[Array, "..."]:
     """Shapes a radius so that it broadcasts against a batch.
 
     Args:
         eps: a number; [b], one per example; or a map, [h, w, c] for all or [b, h, w, c] for each
             example, where every axis may also be 1.
         x: [b, ...] the batch.
+        name: what to call it in an error.
 
     Returns:
         eps in x's precision, of rank 0 or of x's rank.
@@ -60,7 +64,7 @@ def broadcast_radius(eps: Array | float, x: Float[Array, "b ..."]) -> Float[Arra
     fits = eps.ndim == x.ndim and all(e in (1, n) for e, n in zip(eps.shape, x.shape, strict=True))
     if not fits:
         raise ValueError(
-            f"eps must be a number, [{x.shape[0]}] or a map that broadcasts to {x.shape}, "
+            f"{name} must be a number, [{x.shape[0]}] or a map that broadcasts to {x.shape}, "
             f"got shape {eps.shape}"
         )
     return eps
@@ -196,10 +200,15 @@ def _ascend_l1(grad, step, eps, low, high):
     batch = grad.shape[0]
     room = _divide(jnp.where(grad > 0, high, -low) * (grad != 0), eps)
     room = jnp.minimum(jnp.broadcast_to(room, grad.shape).reshape(batch, -1), 1)
-    order = jnp.argsort(-jnp.abs(grad * eps).reshape(batch, -1), 1)
-    room = jnp.take_along_axis(room, order, 1)
-    spent_before = jnp.cumsum(room, 1) - room
-    move = jnp.clip(1 - spent_before, 0, room)
+    slope = jnp.abs(grad * eps).reshape(batch, -1)
+    order = jnp.argsort(-slope, 1)
+    room, slope = (jnp.take_along_axis(v, order, 1) for v in (room, slope))
+    left = 1 - (jnp.cumsum(room, 1) - room)  # of the radius, when a pixel's turn comes
+    paid = (left > 0) & (slope > 0)
+    last = jnp.where(paid, left, 1).min(1, keepdims=True)
+    # A full pixel moves no less than the last one, which gets what is left: the projection takes
+    # the same from all, and would otherwise pull pixels of little room back out of their box.
+    move = jnp.where(paid, jnp.maximum(jnp.minimum(left, room), last), 0)
     rows = jnp.arange(batch)[:, None]
     move = jnp.zeros_like(move).at[rows, order].set(move, unique_indices=True)
     return step * jnp.sign(grad) * move.reshape(grad.shape)

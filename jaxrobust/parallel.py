@@ -100,7 +100,9 @@ def create(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
 
     State is born on its devices: across processes a typed key cannot be put there later.
     """
-    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))(*args)
+    made = jax.jit(init, out_shardings=NamedSharding(mesh, P()))(*args)
+    # Ready, for the reason that is given in `data_parallel`.
+    return jax.block_until_ready(made)
 
 
 def data_parallel(
@@ -207,6 +209,15 @@ def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 
+def agreed(answer: bool) -> bool:
+    """Process 0's answer on every process: what clocks and files say may differ between them."""
+    if jax.process_count() == 1:
+        return answer
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
 def varying(tree: PyTree, axis_name: str | None) -> PyTree:
     """Marks replicated values as free to differ between devices: their gradients stay local.
 
@@ -217,7 +228,7 @@ def varying(tree: PyTree, axis_name: str | None) -> PyTree:
         return tree
 
     def cast(x):
-        is_varying = axis_name in getattr(jax.typeof(x), "vma", ())
+        is_varying = axis_name in jax.typeof(x).manual_axis_type.varying
         return x if is_varying else jax.lax.pcast(x, axis_name, to="varying")
 
     return jax.tree.map(cast, tree)

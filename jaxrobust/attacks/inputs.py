@@ -11,7 +11,7 @@ from jaxtyping import Array
 _ULP = 1e-6
 
 
-def check_number(name: str, value: Any, *, low: float, strict: bool = False) -> None:
+def check_number(name: str, value: Any, *, low: int | float, strict: bool = False) -> None:
     """Refuses a concrete number, or array of numbers, below `low` (or at it, if `strict`).
 
     Raises:
@@ -20,7 +20,8 @@ def check_number(name: str, value: Any, *, low: float, strict: bool = False) -> 
     if value is None or any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(value)):
         return
     if not isinstance(value, int | float):
-        value = float(jnp.min(jnp.asarray(value))) if jnp.size(value) else low
+        with jax.ensure_compile_time_eval():  # a constant inside jit has its value already
+            value = float(jnp.min(jnp.asarray(value))) if jnp.size(value) else low
     bad = value <= low if strict else value < low
     if math.isnan(value) or bad:
         raise ValueError(f"{name} must be {'>' if strict else '>='} {low:g}, got {value:g}")
@@ -59,15 +60,33 @@ def check_images(x: Any, bounds: tuple[float, float]) -> Array:
     if x.ndim < 2:
         raise ValueError(f"x must be a batch [b, ...] of rank >= 2, got shape {x.shape}")
     if not isinstance(x, jax.core.Tracer) and x.size:
-        low, high = (float(v) for v in _range(x))
+        low, high = _range(x)
         if not (low >= bounds[0] - _ULP and high <= bounds[1] + _ULP and math.isfinite(low + high)):
             raise ValueError(f"x must lie in {bounds}, got values in [{low:g}, {high:g}]")
     return x
 
 
-@jax.jit
 def _range(x):
+    with jax.ensure_compile_time_eval():
+        return tuple(v.item() for v in _extremes(x))
+
+
+@jax.jit
+def _extremes(x):
     return x.min(), x.max()
+
+
+def constant(tree: Any) -> Any:
+    """The same arrays with no gradient flowing into them.
+
+    Stopped on the way in, and not only on x_adv, or an outer `jax.grad` without jit would
+    differentiate every step of the attack before it finds that nobody asks.
+    """
+
+    def stop(leaf):
+        return jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.core.Tracer) else leaf
+
+    return jax.tree.map(stop, tree)
 
 
 def check_labels(labels: Any, batch: int, classes: int) -> Array:
@@ -88,7 +107,7 @@ def check_labels(labels: Any, batch: int, classes: int) -> Array:
     if labels.shape != (batch,):
         raise ValueError(f"labels must have shape ({batch},), got {labels.shape}")
     if not isinstance(labels, jax.core.Tracer) and labels.size:
-        low, high = (int(v) for v in _range(labels))
+        low, high = _range(labels)
         if low < 0 or high >= classes:
             raise ValueError(f"labels must lie in [0, {classes}), got values in [{low}, {high}]")
     return labels

@@ -2,8 +2,10 @@
 
 On accelerators the whole attack is one compiled loop. On CPU, XLA lays out the input gradients of
 convolutions badly inside its loops (jax issue 12868): an attack called from the host runs a
-compiled, donated step from Python instead, and a short one inside a trace is unrolled. All forms
-give the same result.
+compiled, donated step from Python instead, which is fast for any model. Inside a trace the loop is
+fused all the same: the convolutions of `jaxrobust.models` keep their speed there. For a model with
+convolutions of its own, `loop="unrolled"` trades compile time for theirs. All forms give the same
+result.
 """
 
 import functools
@@ -13,9 +15,6 @@ from typing import Any
 import jax
 
 FORMS = ("auto", "fused", "stepped", "unrolled")
-
-# The longest loop that is unrolled: its compile time grows with every step.
-_UNROLL_AT_MOST = 20
 
 PyTree = Any
 
@@ -41,7 +40,7 @@ def iterate(
             only), "unrolled" (no loop, for use inside a trace), or "auto".
     """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((carry, operands)))
-    form = choose(form, traced, steps)
+    form = choose(form, traced)
     if form == "stepped":
         for i in range(steps):
             carry = _compiled_step(step, static, i, carry, operands)
@@ -53,7 +52,7 @@ def iterate(
     return _fused(step, static, steps, carry, operands)
 
 
-def choose(form: str, traced: bool, steps: int) -> str:
+def choose(form: str, traced: bool) -> str:
     """The loop's form for this backend: `form` itself unless it is "auto".
 
     Raises:
@@ -65,11 +64,7 @@ def choose(form: str, traced: bool, steps: int) -> str:
         raise ValueError("loop='stepped' runs from the host: use 'auto' inside jit, vmap or grad")
     if form != "auto":
         return form
-    if jax.default_backend() != "cpu":
-        return "fused"
-    if not traced:
-        return "stepped"
-    return "unrolled" if steps <= _UNROLL_AT_MOST else "fused"
+    return "stepped" if jax.default_backend() == "cpu" and not traced else "fused"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust import balls
@@ -67,12 +68,12 @@ class PGD:
     def __call__(
         self,
         loss_fn: LossFn,
-        x: Array,
+        x: ArrayLike,
         key: Array | None = None,
-        mask: Array | None = None,
+        mask: ArrayLike | None = None,
         args: tuple = (),
         *,
-        delta: Array | None = None,
+        delta: ArrayLike | None = None,
     ) -> Array:
         """Attacks a batch.
 
@@ -92,6 +93,7 @@ class PGD:
         Raises:
             TypeError, ValueError: names the argument, its value and what was expected.
         """
+        x, mask, args, delta = inputs.constant((x, mask, args, delta))
         x = inputs.check_images(x, self.bounds)
         start = "given" if delta is not None else self.start
         key = inputs.example_keys(key, x.shape[0]) if start != "none" and start != "given" else None
@@ -106,7 +108,7 @@ class PGD:
             static=(loss_fn, self.norm, self.momentum is not None),
             form=self.loop,
         )
-        return _finish(x, carry[0], operands[1])
+        return _finish(x, carry[0], operands[1], self.bounds)
 
 
 @jax.jit(static_argnums=1)
@@ -114,11 +116,12 @@ def _begin(attack, start, x, keys, mask, delta):
     """The loop's carry (delta, velocity), and what its steps share."""
     base = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     eps = balls.broadcast_radius(attack.eps, base)
-    step = 2.5 * eps / attack.steps if attack.step_size is None else attack.step_size
-    step = balls.broadcast_radius(step, base)
     if mask is not None:
-        eps = eps * balls.broadcast_radius(mask, base)
-    step = step * (eps > 0)
+        eps = eps * balls.broadcast_radius(mask, base, "mask")
+    if attack.step_size is None:
+        step = 2.5 * eps / attack.steps
+    else:
+        step = balls.broadcast_radius(attack.step_size, base, "step_size") * (eps > 0)
     room = _room(base, attack.bounds)
     ball = balls.ball(attack.norm)
     if start == "uniform":
@@ -129,8 +132,10 @@ def _begin(attack, start, x, keys, mask, delta):
         delta = jnp.zeros_like(base)
     delta = jnp.broadcast_to(jnp.asarray(delta, base.dtype), base.shape)
     delta = ball.project(delta, eps, *room)
-    velocity = None if attack.momentum is None else jnp.zeros_like(base)
-    return (delta, velocity), (base, eps, step, room, attack.momentum)
+    velocity = momentum = None
+    if attack.momentum is not None:
+        velocity, momentum = jnp.zeros_like(base), jnp.asarray(attack.momentum, base.dtype)
+    return (delta, velocity), (base, eps, step, room, momentum)
 
 
 def _room(x, bounds):
@@ -171,15 +176,17 @@ def input_gradient(loss_fn: LossFn, x: Array, args: tuple = ()) -> Array:
     return jax.grad(total)(x)
 
 
-@jax.jit
-def _finish(x, delta, eps):
-    """X + delta in x's own precision, never further from x than delta says."""
+@jax.jit(static_argnums=3)
+def _finish(x, delta, eps, bounds):
+    """X + delta in x's own precision, never further from x than delta and the box say."""
     base = x.astype(delta.dtype)
     x_adv = (base + delta).astype(x.dtype)
     if x.dtype != delta.dtype:
         # Rounding to fewer bits may leave ball or box: then go one number back towards x.
         too_far = jnp.abs(x_adv.astype(delta.dtype) - base) > jnp.abs(delta)
         x_adv = jnp.where(too_far, jnp.nextafter(x_adv, x), x_adv)
+    # x + (bound - x) need not round to the bound.
+    x_adv = jnp.clip(x_adv, jnp.minimum(x, bounds[0]), jnp.maximum(x, bounds[1]))
     return jax.lax.stop_gradient(jnp.where((eps > 0) & (delta != 0), x_adv, x))
 
 
@@ -189,8 +196,9 @@ class NFGSM:
 
     delta = eta + step_size * sign(grad loss(x + eta)),  eta ~ Uniform(-noise * eps, noise * eps)
 
-    There is no projection on the ball of radius `eps`: the perturbation lies in one of radius
-    noise * eps + step_size, which is what keeps one-step training from collapsing.
+    Both eta and delta are cut to the box, as in the authors' code. There is no projection on the
+    ball of radius `eps`: the perturbation lies in one of radius noise * eps + step_size, which is
+    what keeps one-step training from collapsing.
 
     Attributes:
         eps: the radius that is trained for: a number, [b], or a map per pixel.
@@ -209,29 +217,39 @@ class NFGSM:
     def __call__(
         self,
         loss_fn: LossFn,
-        x: Array,
+        x: ArrayLike,
         key: Array,
-        mask: Array | None = None,
+        mask: ArrayLike | None = None,
         args: tuple = (),
     ) -> Array:
         """Perturbs a batch; arguments, result and errors as `PGD.__call__`."""
+        x, mask, args = inputs.constant((x, mask, args))
         x = inputs.check_images(x, self.bounds)
         keys = inputs.example_keys(key, x.shape[0])
-        return _n_fgsm(self, loss_fn, x, keys, mask, args)
+        base, eps, step, room, eta = _n_fgsm_start(self, x, keys, mask)
+        delta = _n_fgsm_step(loss_fn, base, step, room, eta, args)
+        return _finish(x, delta, eps, self.bounds)
 
 
-@jax.jit(static_argnums=1)
-def _n_fgsm(attack, loss_fn, x, keys, mask, args):
+@jax.jit
+def _n_fgsm_start(attack, x, keys, mask):
     base = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     eps = balls.broadcast_radius(attack.eps, base)
-    step = eps if attack.step_size is None else balls.broadcast_radius(attack.step_size, base)
-    if mask is not None:
-        eps = eps * balls.broadcast_radius(mask, base)
-    low, high = _room(base, attack.bounds)
+    step = eps
+    if attack.step_size is not None:
+        step = balls.broadcast_radius(attack.step_size, base, "step_size") * (eps > 0)
+    if mask is not None:  # nothing is projected here, so that it must scale both
+        share = balls.broadcast_radius(mask, base, "mask")
+        eps, step = eps * share, step * share
+    room = _room(base, attack.bounds)
     eta = balls.ball("linf").sample(keys, attack.noise * eps, base.shape)
-    grad = input_gradient(loss_fn, base + jnp.clip(eta, low, high), args)
-    delta = jnp.clip(eta + step * (eps > 0) * jnp.sign(grad), low, high)
-    return _finish(x, delta, eps)
+    return base, eps, step, room, jnp.clip(eta, *room)
+
+
+@jax.jit(static_argnums=0)
+def _n_fgsm_step(loss_fn, base, step, room, eta, args):
+    grad = input_gradient(loss_fn, base + eta, args)
+    return jnp.clip(eta + step * jnp.sign(grad), *room)
 
 
 def pgd(

@@ -1,15 +1,18 @@
 """Attacks made of attacks: restarts, the worst of several, targeted and multi-targeted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust import losses
 from jaxrobust.attacks import inputs
 from jaxrobust.attacks.pgd import LossFn, _value
+
+_ANYWHERE = inputs.check_bounds(None)
 
 Attack = Any  # anything called as attack(loss_fn, x, key, mask=None, args=())
 LogitsFn = Callable[..., Array]
@@ -24,9 +27,15 @@ class Restarts:
     select: LossFn | None = None
 
     def __call__(
-        self, loss_fn: LossFn, x: Array, key: Array, mask: Array | None = None, args: tuple = ()
+        self,
+        loss_fn: LossFn,
+        x: ArrayLike,
+        key: Array,
+        mask: ArrayLike | None = None,
+        args: tuple = (),
     ) -> Array:
         """Attacks a batch; arguments, result and errors as `PGD.__call__`."""
+        x = inputs.check_images(x, _ANYWHERE)
         keys = inputs.example_keys(key, x.shape[0])
         runs = (
             self.attack(loss_fn, x, _fold(keys, i), mask=mask, args=args) for i in range(self.count)
@@ -42,9 +51,15 @@ class WorstOf:
     select: LossFn | None = None
 
     def __call__(
-        self, loss_fn: LossFn, x: Array, key: Array, mask: Array | None = None, args: tuple = ()
+        self,
+        loss_fn: LossFn,
+        x: ArrayLike,
+        key: Array,
+        mask: ArrayLike | None = None,
+        args: tuple = (),
     ) -> Array:
         """Attacks a batch; arguments, result and errors as `PGD.__call__`."""
+        x = inputs.check_images(x, _ANYWHERE)
         keys = inputs.example_keys(key, x.shape[0])
         runs = (
             attack(loss_fn, x, _fold(keys, i), mask=mask, args=args)
@@ -62,10 +77,10 @@ class Targeted:
     def __call__(
         self,
         logits_fn: LogitsFn,
-        x: Array,
-        targets: Array,
+        x: ArrayLike,
+        targets: ArrayLike,
         key: Array,
-        mask: Array | None = None,
+        mask: ArrayLike | None = None,
         args: tuple = (),
     ) -> Array:
         """Attacks a batch by raising log p(target).
@@ -81,7 +96,7 @@ class Targeted:
         Returns:
             x_adv, of x's shape and type.
         """
-        targets = _checked(logits_fn, x, targets, args)
+        x, targets = _checked(logits_fn, x, targets, args)
         return self.attack(_TowardsTarget(logits_fn), x, key, mask=mask, args=(targets, *args))
 
 
@@ -95,10 +110,10 @@ class MultiTargeted:
     def __call__(
         self,
         logits_fn: LogitsFn,
-        x: Array,
-        labels: Array,
+        x: ArrayLike,
+        labels: ArrayLike,
         key: Array,
-        mask: Array | None = None,
+        mask: ArrayLike | None = None,
         args: tuple = (),
     ) -> Array:
         """Attacks a batch once per target and keeps the largest margin per example.
@@ -114,7 +129,7 @@ class MultiTargeted:
         Returns:
             x_adv, of x's shape and type.
         """
-        labels = _checked(logits_fn, x, labels, args)
+        x, labels = _checked(logits_fn, x, labels, args)
         keys = inputs.example_keys(key, x.shape[0])
         others = _likeliest_others(logits_fn, x, labels, args)
         loss_fn = _TargetMargin(logits_fn)
@@ -197,8 +212,11 @@ class _Margin(_LossOfLogits):
 
 
 def _checked(logits_fn, x, labels, args):
+    x = inputs.check_images(x, _ANYWHERE)  # the attack itself knows the bounds
     classes = jax.eval_shape(logits_fn, x, *args).shape[-1]
-    return inputs.check_labels(labels, x.shape[0], classes)
+    if classes < 2:
+        raise ValueError(f"logits_fn must return logits of at least 2 classes, got {classes}")
+    return x, inputs.check_labels(labels, x.shape[0], classes)
 
 
 @jax.jit(static_argnums=0)
@@ -214,7 +232,7 @@ def _fold(keys, number):
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def _worst(score_fn, runs: Sequence[Array], args):
+def _worst(score_fn, runs: Iterable[Array], args):
     """Per example, the run of the largest score; the earliest of equals."""
     best, best_score = None, None
     for x_adv in runs:

@@ -38,7 +38,8 @@ def correct(
         labels: [n] whole numbers.
         attack: a gradient attack, or None for clean images.
         key: one typed key; example i draws from fold_in(key, i), whatever the batch size.
-        batch_size: examples at a time; the last batch is filled up, so that nothing recompiles.
+        batch_size: examples at a time, rounded up to a multiple of the devices; the last batch is
+            filled up, so that nothing recompiles.
         mesh: spreads each batch over devices; one device by default.
         loss: (logits, labels) -> [b], what the attack raises.
         progress: text of a progress bar, or None for none.
@@ -53,9 +54,7 @@ def correct(
     if attack is not None and key is None:
         raise ValueError("key must be a typed key when an attack is given, got None")
     count = len(labels)
-    batch_size = min(
-        batch_size, -(-count // (mesh.size if mesh else 1)) * (mesh.size if mesh else 1)
-    )
+    batch_size = _batch_size(batch_size, count, mesh.size if mesh else 1)
     objective = _LossOfModel(apply, loss)
     keys = None if attack is None else example_keys(key, count)
     place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
@@ -103,9 +102,11 @@ def accuracy_curve(
     images, labels = _checked(apply, variables, images, labels)
     if list(eps) != sorted(eps):
         raise ValueError(f"eps must rise, got {list(eps)}")
+    if not len(eps) or min(eps) < 0:
+        raise ValueError(f"eps must hold at least one radius, all >= 0, got {list(eps)}")
     radii = jnp.asarray(eps, jnp.float32)
     count = len(labels)
-    batch_size = min(batch_size, count)
+    batch_size = _batch_size(batch_size, count, 1)
     keys = example_keys(key, count)
     right = []
     starts = range(0, count, batch_size)
@@ -146,10 +147,18 @@ class _LossOfModel:
         return self.loss(self.apply(variables, x), labels)
 
 
+def _batch_size(wanted, count, devices):
+    if wanted < 1:
+        raise ValueError(f"batch_size must be >= 1, got {wanted}")
+    return -(-min(wanted, count) // devices) * devices
+
+
 def _checked(apply, variables, images, labels):
     images = np.asarray(images)
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     classes = jax.eval_shape(apply, variables, one).shape[-1]
     return images, np.asarray(check_labels(labels, len(images), classes))

@@ -8,8 +8,11 @@ three. So `grad` and `jvp` of any order, `vmap`, `jit`, `shard_map` and `remat` 
 algorithm is chosen when a program is compiled for a platform: XLA's convolution everywhere except
 on CPUs, where `_cpu_*` choose by shape.
 
-Why CPUs differ: XLA's transposed convolution inside a loop body loses its fast kernel (JAX issue
-12868).
+Why CPUs differ: inside a loop body XLA's transposed convolutions miss its fast kernels (JAX issue
+12868), here by 10 (input) and over 100 times (kernel). Measured gains in processor time, two
+Zen 5 cores: Winograd 1.4 to 1.9 over the direct sum, its kernel gradient 1.3 to 2.4 over matrix
+products; depthwise 20 (forward), 29 (input), 4 (kernel) over XLA; phases 1.2 over a dilated input;
+scattered products for one input channel 2 to 5 over phases.
 """
 
 import functools
@@ -22,8 +25,6 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
-
-_NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
 def conv2d(
@@ -82,8 +83,8 @@ def _check(x, kernel, strides, groups):
         channels = (x.shape[3], kernel.shape[3])
         raise ValueError(f"groups must divide the channels {channels}, got {groups}")
     if kernel.shape[2] * groups != x.shape[3]:
-        expected = x.shape[3] // groups
-        raise ValueError(f"kernel must have {expected} input channels, got {kernel.shape[2]}")
+        needed = x.shape[3] // groups
+        raise ValueError(f"kernel needs {needed} input channels, got {kernel.shape[2]}")
 
 
 def _equally_varying(*arrays):
@@ -100,23 +101,19 @@ def _equally_varying(*arrays):
 # ("w": x, y). `shapes` are those of (x, w, y).
 
 conv2d_p = Primitive("jaxrobust_conv2d")
+_STATIC = ("solve", "shapes", "strides", "pads", "groups")
 _OPERANDS = {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}
-
-
-def _solve(unknown, known, params):
-    first, second = _OPERANDS[unknown]
-    return conv2d_p.bind(known[first], known[second], **{**params, "solve": unknown})
 
 
 def _transpose(position, cotangent, first, second, *, solve, **params):
     """Solve for the operand at `position`: the cotangent takes the place of the old unknown."""
     names = _OPERANDS[solve]
     known = {solve: cotangent, names[1 - position]: (first, second)[1 - position]}
-    return _solve(names[position], known, params)
+    operands = [known[name] for name in _OPERANDS[names[position]]]
+    return conv2d_p.bind(*operands, solve=names[position], **params)
 
 
-def _abstract(first, second, *, solve, shapes, **_):
-    del second
+def _abstract(first, _second, *, solve, shapes, **_):
     return first.update(shape=shapes["xwy".index(solve)], weak_type=False)
 
 
@@ -150,20 +147,21 @@ def _merged_shape(shape, axis, size):
     return (*shape[:axis], size * shape[axis], *shape[axis + 1 :])
 
 
-def _plain(first, second, *, solve, shapes, strides, pads, groups):
+def _xla(x, w, strides, pads, groups):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, w, strides, pads, dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+def _plain(first, second, *, solve, shapes, **setting):
     """XLA's convolution, and its own transposes."""
-
-    def forward(x, w):
-        return lax.conv_general_dilated(
-            x, w, strides, pads, dimension_numbers=_NUMBERS, feature_group_count=groups
-        )
-
     if solve == "y":
-        return forward(first, second)
-    shape = jax.ShapeDtypeStruct(shapes["xwy".index(solve)], first.dtype)
+        return _xla(first, second, **setting)
+    unknown = jax.ShapeDtypeStruct(shapes["xwy".index(solve)], first.dtype)
     if solve == "x":
-        return jax.linear_transpose(lambda x: forward(x, second), shape)(first)[0]
-    return jax.linear_transpose(lambda w: forward(first, w), shape)(second)[0]
+        return jax.linear_transpose(lambda x: _xla(x, second, **setting), unknown)(first)[0]
+    return jax.linear_transpose(lambda w: _xla(first, w, **setting), unknown)(second)[0]
 
 
 def _cpu(first, second, *, solve, shapes, strides, pads, groups):
@@ -181,21 +179,9 @@ def _cpu(first, second, *, solve, shapes, strides, pads, groups):
 ad.defbilinear(conv2d_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
 batching.primitive_batchers[conv2d_p] = _batch
 conv2d_p.def_abstract_eval(_abstract)
+conv2d_p.def_impl(jax.jit(conv2d_p.bind, static_argnames=_STATIC))
 mlir.register_lowering(conv2d_p, mlir.lower_fun(_plain, multiple_results=False))
 mlir.register_lowering(conv2d_p, mlir.lower_fun(_cpu, multiple_results=False), platform="cpu")
-
-
-@conv2d_p.def_impl
-def _eager(first, second, **params):
-    return _compiled(tuple(sorted(params.items())))(first, second)
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(params):
-    return jax.jit(functools.partial(conv2d_p.bind, **dict(params)))
-
-
-# Algorithms for CPUs.
 
 
 def _cpu_forward(x, w, strides, pads, groups):
@@ -203,9 +189,7 @@ def _cpu_forward(x, w, strides, pads, groups):
         return _shifted_products(x, w, strides, pads)
     if _winograd_pays(x, w.shape, strides, groups):
         return _winograd(x, w, pads)
-    return lax.conv_general_dilated(
-        x, w, strides, pads, dimension_numbers=_NUMBERS, feature_group_count=groups
-    )
+    return _xla(x, w, strides, pads, groups)
 
 
 def _cpu_input_gradient(y, w, shape, strides, pads, groups):
@@ -217,10 +201,8 @@ def _cpu_input_gradient(y, w, shape, strides, pads, groups):
         return _scattered_products(y, w, shape, strides, pads)
     flipped = _swap_channels(w, groups)[::-1, ::-1]
     blocks = [-(-n // s) for n, s in zip(shape[1:3], strides, strict=True)]
-    axes = [
-        [_phase(*sizes, r) for r in range(sizes[1])]
-        for sizes in zip(w.shape, strides, pads, blocks, y.shape[1:3], strict=False)
-    ]
+    axes = zip(w.shape[:2], strides, pads, blocks, y.shape[1:3], strict=True)
+    axes = [[_phase(*sizes, r) for r in range(sizes[1])] for sizes in axes]
 
     def phase(taps, window):
         sub = flipped[taps[0], taps[1]]
@@ -228,13 +210,10 @@ def _cpu_input_gradient(y, w, shape, strides, pads, groups):
             return jnp.zeros((shape[0], *blocks, shape[3]), y.dtype)
         return _cpu_forward(y, sub, (1, 1), window, groups)
 
-    rows = [
-        jnp.stack([phase(*zip(row, column, strict=True)) for column in axes[1]], 3)
-        for row in axes[0]
-    ]
+    pixels = [[phase(*zip(row, column, strict=True)) for column in axes[1]] for row in axes[0]]
+    x = jnp.stack([jnp.stack(row, 3) for row in pixels], 2)
     height, width = (n * s for n, s in zip(blocks, strides, strict=True))
-    x = jnp.stack(rows, 2).reshape(shape[0], height, width, shape[3])
-    return x[:, : shape[1], : shape[2]]
+    return x.reshape(shape[0], height, width, shape[3])[:, : shape[1], : shape[2]]
 
 
 def _phase(kernel, stride, pads, blocks, outputs, residue):
@@ -252,14 +231,10 @@ def _scattered_products(y, w, shape, strides, pads):
     shares = (y.reshape(-1, co) @ w.reshape(-1, co).T).reshape(*y.shape[:3], kh, kw, ci)
     zero = jnp.zeros((), y.dtype)
 
-    def place(u, v):
-        edges = [
-            (t - low, n + low - t - s * (size - 1) - 1, s - 1)
-            for t, s, (low, _), n, size in zip(
-                (u, v), strides, pads, shape[1:3], y.shape[1:3], strict=True
-            )
-        ]
-        return lax.pad(shares[:, :, :, u, v], zero, ((0, 0, 0), *edges, (0, 0, 0)))
+    def place(*tap):
+        axes = zip(tap, strides, pads, shape[1:3], y.shape[1:3], strict=True)
+        edges = [(t - p[0], n + p[0] - t - s * (m - 1) - 1, s - 1) for t, s, p, n, m in axes]
+        return lax.pad(shares[:, :, :, tap[0], tap[1]], zero, ((0, 0, 0), *edges, (0, 0, 0)))
 
     return sum(place(u, v) for u in range(kh) for v in range(kw))
 
@@ -267,37 +242,31 @@ def _scattered_products(y, w, shape, strides, pads):
 def _cpu_kernel_gradient(x, y, shape, strides, pads, groups):
     """Matrix products of patches with y, summed over batch and positions."""
     kh, kw, ci, co = shape
-    if ci == 1:
-        columns = [
-            (jnp.repeat(tap, co // groups, 3) if groups > 1 else tap) * y
-            for tap in _taps(x, (kh, kw), strides, pads, y.shape[1:3])
-        ]
-        return jnp.stack([c.sum((0, 1, 2)) for c in columns]).reshape(shape)
     if _winograd_pays(x, shape, strides, groups):
         return _winograd_kernel_gradient(x, y, pads)
     taps = _taps(x, (kh, kw), strides, pads, y.shape[1:3])
+    if groups > 1 and ci == 1:
+        taps = [jnp.repeat(tap, co // groups, 3) for tap in taps]
+        return jnp.stack([(tap * y).sum((0, 1, 2)) for tap in taps]).reshape(shape)
     if groups > 1:
-        split = y.reshape(*y.shape[:3], groups, co // groups)
-        parts = [
-            jnp.einsum("bhwgc,bhwgd->cgd", t.reshape(*t.shape[:3], groups, ci), split) for t in taps
-        ]
+        y = y.reshape(*y.shape[:3], groups, co // groups)
+        taps = [tap.reshape(*tap.shape[:3], groups, ci) for tap in taps]
+        parts = [jnp.einsum("bhwgc,bhwgd->cgd", tap, y) for tap in taps]
         return jnp.stack(parts).reshape(shape)
     y = y.reshape(-1, co).T
     # All taps in one product while the patches are small, else one product per row of taps.
     n = kh * kw if kh * kw * ci <= 512 else kw
-    parts = [
-        y @ jnp.concatenate(taps[i : i + n], 3).reshape(-1, n * ci) for i in range(0, kh * kw, n)
-    ]
+    starts = range(0, kh * kw, n)
+    parts = [y @ jnp.concatenate(taps[i : i + n], 3).reshape(-1, n * ci) for i in starts]
     return jnp.concatenate(parts, 1).T.reshape(shape)
 
 
 def _taps(x, kernel, strides, pads, out):
     """Views of the padded images, one per position of the kernel, row by row."""
     x = _pad(x, pads)
-    return [
-        x[:, u :: strides[0], v :: strides[1]][:, : out[0], : out[1]]
-        for u, v in itertools.product(*map(range, kernel))
-    ]
+    corners = itertools.product(*map(range, kernel))
+    views = (x[:, u :: strides[0], v :: strides[1]] for u, v in corners)
+    return [view[:, : out[0], : out[1]] for view in views]
 
 
 def _pad(x, pads):
@@ -307,10 +276,8 @@ def _pad(x, pads):
 def _shifted_products(x, w, strides, pads):
     """One input channel per group (depthwise, or grey images): no matrix product is needed."""
     kh, kw, _, co = w.shape
-    out = [
-        (n + sum(p) - k) // s + 1
-        for n, p, k, s in zip(x.shape[1:3], pads, (kh, kw), strides, strict=True)
-    ]
+    sizes = zip(x.shape[1:3], pads, (kh, kw), strides, strict=True)
+    out = [(n + sum(p) - k) // s + 1 for n, p, k, s in sizes]
     repeats = co // x.shape[3] if x.shape[3] > 1 else 1
     taps = _taps(jnp.repeat(x, repeats, 3), (kh, kw), strides, pads, out)
     return sum(t * k for t, k in zip(taps, w.reshape(kh * kw, co), strict=True))
@@ -359,8 +326,7 @@ def _winograd(x, w, pads):
     rows, outputs, tiles = _tiled_rows(x, pads)
     kernels = [_combine(line, w) for line in _KERNEL]
     products = [
-        lax.conv_general_dilated(r, k[None], (1, 1), ((0, 0), pads[1]), dimension_numbers=_NUMBERS)
-        for r, k in zip(rows, kernels, strict=True)
+        _xla(r, k[None], (1, 1), ((0, 0), pads[1]), 1) for r, k in zip(rows, kernels, strict=True)
     ]
     y = jnp.stack([_combine(line, products) for line in _OUTPUT], 2)
     return y.reshape(y.shape[0], tiles * _ROWS, *y.shape[3:])[:, :outputs]
@@ -377,9 +343,6 @@ def _winograd_kernel_gradient(x, y, pads):
         line = _combine(coefficients, lines).reshape(-1, co).T
         return jnp.stack([line @ row[:, :, v : v + width].reshape(-1, ci) for v in range(3)])
 
-    grads = [
-        products(r, *column) for r, column in zip(rows, zip(*_OUTPUT, strict=True), strict=True)
-    ]
-    return jnp.stack([_combine(column, grads) for column in zip(*_KERNEL, strict=True)]).swapaxes(
-        2, 3
-    )
+    grads = map(products, rows, *_OUTPUT)
+    gradient = map(_combine, zip(*_KERNEL, strict=True), itertools.repeat(tuple(grads)))
+    return jnp.stack(list(gradient)).swapaxes(2, 3)

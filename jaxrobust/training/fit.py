@@ -65,7 +65,8 @@ def fit(
 
     Args:
         step: a per-device step, `train_step(...)`; mapped here.
-        state: the state to begin with, made by `parallel.create` on the same mesh.
+        state: the state to begin with, made by `parallel.create` on the same mesh; its memory is
+            reused, so it is gone afterwards.
         dataset: training examples.
         batch_size: over all devices and processes; divisible by the devices.
         epochs: passes over the data; a last, smaller batch is left out.
@@ -75,7 +76,7 @@ def fit(
         validate: variables -> dict of numbers with "score", the larger the better. With it, the
             variables of the best score are kept.
         validate_every: epochs between validations.
-        patience: stop after so many validations without a better score; None never stops.
+        patience: stop after so many validations without a better score, >= 1; None never stops.
         averaged: validate and return the moving average of the weights.
         directory: for checkpoints and metrics.csv; None writes nothing. If it holds a checkpoint
             of this run, the run goes on from there.
@@ -88,12 +89,13 @@ def fit(
 
     Raises:
         ValueError: a number out of its range, before anything is compiled.
-        CheckpointError: `directory` holds a damaged or foreign checkpoint.
+        CheckpointError: `directory` holds a damaged checkpoint, or that of another model, seed or
+            batch size.
     """
-    if epochs < 1 or validate_every < 1:
-        raise ValueError(
-            f"epochs and validate_every must be >= 1, got {epochs} and {validate_every}"
-        )
+    counts = {"epochs": epochs, "validate_every": validate_every, "log_every": log_every}
+    _check_counts(**counts, patience=patience, save_steps=save_steps)
+    if patience is not None and validate is None:
+        raise ValueError(f"patience needs validate, got patience={patience} without it")
     mesh = parallel.data_mesh() if mesh is None else mesh
     if batch_size % mesh.size:
         raise ValueError(
@@ -104,11 +106,20 @@ def fit(
     run = parallel.data_parallel(step, mesh, mapping=mapping)
     saving = directory is not None
     folder = Path(directory or ".")
-    best = jax.tree.map(np.asarray, state.variables(averaged=averaged)) if validate else {}
+    variables = state.variables(averaged=averaged)
+    best = jax.tree.map(np.asarray, variables) if validate else {}
+    order = {"seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch}
     loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
+    loop["order"] = order
     found = checkpoint.restore(folder / "checkpoint", (state, best)) if saving else None
     if found is not None:
         _, (state, best), loop = found
+        # On the host, as it was: several processes can save no array that lies on one device.
+        best = jax.tree.map(np.asarray, best)
+        if loop.get("order") != order:
+            raise checkpoint.CheckpointError(
+                f"{folder / 'checkpoint'}: expected a run with {order}, found {loop.get('order')}"
+            )
     position = int(state.step)
     begun = saved = time.monotonic()
     earlier = loop["seconds"]
@@ -116,6 +127,15 @@ def fit(
     def save():
         loop["seconds"] = earlier + time.monotonic() - begun
         checkpoint.save(folder / "checkpoint", position, (state, best), loop=loop)
+
+    def due():
+        if save_steps:
+            return position % save_steps == 0
+        late = time.monotonic() - saved > save_every
+        # All processes must save at the same step. Asking makes them wait, so it is seldom.
+        if jax.process_count() > 1:
+            return position % log_every == 0 and parallel.agreed(late)
+        return late
 
     first = jax.process_index() == 0
     batches = data.stream(
@@ -150,10 +170,7 @@ def fit(
                 if better:
                     best = jax.tree.map(np.asarray, state.variables(averaged=averaged))
                 stopped = patience is not None and loop["waited"] >= patience
-            due = (
-                position % save_steps == 0 if save_steps else time.monotonic() - saved > save_every
-            )
-            if saving and position < total and due:
+            if saving and position < total and due():
                 save()
                 saved = time.monotonic()
         jax.block_until_ready(state)
@@ -169,6 +186,12 @@ def fit(
         epochs=last,
         seconds=earlier + time.monotonic() - begun,
     )
+
+
+def _check_counts(**counts):
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
 
 
 def _record(loop, epoch, scores):

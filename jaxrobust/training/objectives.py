@@ -178,8 +178,8 @@ def guarded_n_fgsm(
         loss_fn = _cross_entropy_of(context.apply)
         cheap = _scaled(attack, eps_schedule, context.step)
         strong = _scaled(guard, eps_schedule, context.step)
-        left, last_gap = context.extra["rescue"], context.extra["gap"]
-        look = context.step % check_every == 0
+        step, until = context.step, context.extra["rescue_until"]
+        look = step % check_every == 0
         x_cheap = cheap(loss_fn, images, context.keys, args=(labels,))
 
         def attacked():
@@ -191,14 +191,17 @@ def guarded_n_fgsm(
             # Arithmetic on the batch, so that both branches vary over the devices alike.
             return images, 0 * images.sum()
 
-        x_strong, seen = jax.lax.cond(look | (left > 0), attacked, spared)
-        seen = jnp.where(look, parallel.mean(seen, context.axis_name), last_gap)
-        left = jnp.where(look & (seen > gap), rescue_steps, left)
-        x_adv = jnp.where(left > 0, x_strong, x_cheap)
-        extra = {**context.extra, "rescue": jnp.maximum(left - 1, 0), "gap": seen}
-        return x_adv, extra, {"guard_gap": seen, "rescue": (left > 0).astype(jnp.float32)}
+        x_strong, seen = jax.lax.cond(look | (step < until), attacked, spared)
+        seen = jnp.where(look, parallel.mean(seen, context.axis_name), context.extra["gap"])
+        until = jnp.where(look & (seen > gap), step + rescue_steps, until)
+        rescue = step < until
+        x_adv = jnp.where(rescue, x_strong, x_cheap)
+        extra = {**context.extra, "rescue_until": until, "gap": seen}
+        return x_adv, extra, {"guard_gap": seen, "rescue": rescue.astype(jnp.float32)}
 
-    extra = {"rescue": jnp.zeros((), jnp.int32), "gap": jnp.zeros((), jnp.float32)}
+    # The step at which the rescue ends, not a count of what is left of it: a step that works its
+    # batch off in parts comes here several times.
+    extra = {"rescue_until": jnp.zeros((), jnp.int32), "gap": jnp.zeros((), jnp.float32)}
     return Objective(perturb, _cross_entropy_at_x_adv(0.0), extra)
 
 

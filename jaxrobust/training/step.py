@@ -66,7 +66,7 @@ def train_step(
         else:
             carry, outs = jax.lax.scan(run, carry, _parts(batch, accumulate))
             gradients, metrics = jax.tree.map(lambda leaf: leaf.mean(0), outs)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return _update(optimizer, ema_decay, state, carry, gradients), metrics
 
     return step
