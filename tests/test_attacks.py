@@ -176,7 +176,7 @@ def test_all_forms_of_the_loop_agree_and_jit_equals_eager(norm):
     attack = attacks.pgd(norm, 0.3, steps=3, momentum=0.5 if norm == "linf" else None)
     form = lambda loop: dataclasses.replace(attack, loop=loop)(wavy, X, KEY, args=(W,))  # noqa: E731
     eager = attack(wavy, X, KEY, args=(W,))
-    inside = jax.jit(lambda x, w: attack(wavy, x, KEY, args=(w,)))(X, W)  # unrolled
+    inside = jax.jit(lambda x, w: attack(wavy, x, KEY, args=(w,)))(X, W)
     results = [form("stepped"), form("fused"), inside]
     if norm == "linf":  # op by op, which compiles every op: once is enough
         results.append(form("unrolled"))

@@ -169,3 +169,19 @@ def test_a_program_too_large_is_a_result_and_another_error_is_not():
     assert found == {"fits": False, "needed_bytes": int(20.5 * 2**30)}
     with pytest.raises(RuntimeError, match="something else"):
         roofline.too_large(RuntimeError("something else"))
+
+
+def test_every_platform_is_given_the_same_reductions():
+    # What a lowering for accelerators does wrong does not show on a CPU: lower for them from here.
+    smoke = bench_pod.PRESETS["smoke"]
+    program = dataclasses.replace(
+        smoke.programs["wrn_10_1"], model={"name": "small_cnn"}, shape=(12, 12, 1), batch=4
+    )
+    step, state, batch = bench_pod.mapped_step(program, smoke, bench_pod.mesh_of("cpu", (2, 1)))
+    traced = jax.jit(step).trace(state, batch)
+    counts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("all_reduce")
+        for platform in ("cpu", "tpu", "cuda")
+    }
+    assert counts["cpu"] > 0
+    assert counts["tpu"] == counts["cuda"] == counts["cpu"]

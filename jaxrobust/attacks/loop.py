@@ -1,11 +1,10 @@
 """The form of an attack's loop, chosen per backend here and nowhere else.
 
-On accelerators the whole attack is one compiled loop. On CPU, XLA lays out the input gradients of
-convolutions badly inside its loops (jax issue 12868): an attack called from the host runs a
-compiled, donated step from Python instead, which is fast for any model. Inside a trace the loop is
-fused all the same: the convolutions of `jaxrobust.models` keep their speed there. For a model with
-convolutions of its own, `loop="unrolled"` trades compile time for theirs. All forms give the same
-result.
+One compiled loop is the fastest form, with one exception: on CPU, XLA lays out the input gradients
+of its convolutions badly inside loops (jax issue 12868). The convolutions of `jaxrobust.models` are
+free of that. A loss with XLA's own, called from the host, is stepped: a compiled, donated step runs
+from Python. Inside a trace there is no stepping; `loop="unrolled"` then trades compile time for
+speed. All forms give the same result.
 """
 
 import functools
@@ -39,8 +38,12 @@ def iterate(
         form: "fused" (one XLA loop), "stepped" (a Python loop over a compiled step; from the host
             only), "unrolled" (no loop, for use inside a trace), or "auto".
     """
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((carry, operands)))
+    leaves, tree = jax.tree.flatten((carry, operands))
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     form = choose(form, traced)
+    if form == "auto":
+        shapes = tuple(jax.typeof(leaf) for leaf in leaves)
+        form = "stepped" if _has_slow_convolution(step, static, tree, shapes) else "fused"
     if form == "stepped":
         for i in range(steps):
             carry = _compiled_step(step, static, i, carry, operands)
@@ -53,7 +56,7 @@ def iterate(
 
 
 def choose(form: str, traced: bool) -> str:
-    """The loop's form for this backend: `form` itself unless it is "auto".
+    """The loop's form for this backend; "auto" where it depends on what the step computes.
 
     Raises:
         ValueError: an unknown form, or "stepped" inside a trace.
@@ -64,7 +67,15 @@ def choose(form: str, traced: bool) -> str:
         raise ValueError("loop='stepped' runs from the host: use 'auto' inside jit, vmap or grad")
     if form != "auto":
         return form
-    return "stepped" if jax.default_backend() == "cpu" and not traced else "fused"
+    return "auto" if jax.default_backend() == "cpu" and not traced else "fused"
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_slow_convolution(step, static, tree, shapes):
+    """Whether the step's program holds a convolution of XLA's; traced once per kind of call."""
+    carry, operands = jax.tree.unflatten(tree, shapes)
+    program = jax.make_jaxpr(functools.partial(step, static, 0))(carry, operands)
+    return "conv_general_dilated" in str(program)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

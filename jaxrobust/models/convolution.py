@@ -9,10 +9,10 @@ algorithm is chosen when a program is compiled for a platform: XLA's convolution
 on CPUs, where `_cpu_*` choose by shape.
 
 Why CPUs differ: inside a loop body XLA's transposed convolutions miss its fast kernels (JAX issue
-12868), here by 10 (input) and over 100 times (kernel). Measured gains in processor time, two
-Zen 5 cores: Winograd 1.4 to 1.9 over the direct sum, its kernel gradient 1.3 to 2.4 over matrix
-products; depthwise 20 (forward), 29 (input), 4 (kernel) over XLA; phases 1.2 over a dilated input;
-scattered products for one input channel 2 to 5 over phases.
+12868), here by 10 (input) and 50 to 200 times (kernel). Gains in processor time, measured on a
+Zen 5: Winograd 1.4 to 2.2 over the direct sum, its kernel gradient 1.3 to 2.4 over matrix products;
+depthwise 8 to 20 (forward), over 20 (input), 1.5 to 4 (kernel) over XLA; phases of a stride 1.0 to
+2.0 over a dilated input; scattered products, for few input channels, 1.4 to 8 over phases.
 """
 
 import functools
@@ -158,10 +158,12 @@ def _plain(first, second, *, solve, shapes, **setting):
     """XLA's convolution, and its own transposes."""
     if solve == "y":
         return _xla(first, second, **setting)
-    unknown = jax.ShapeDtypeStruct(shapes["xwy".index(solve)], first.dtype)
+    # The unknown must vary over a mesh as its equation does: else it would be cast to, and the
+    # transpose of that cast is a sum over the devices.
+    unknown = _equally_varying(jnp.zeros(shapes["xwy".index(solve)], first.dtype), first)[0]
     if solve == "x":
-        return jax.linear_transpose(lambda x: _xla(x, second, **setting), unknown)(first)[0]
-    return jax.linear_transpose(lambda w: _xla(first, w, **setting), unknown)(second)[0]
+        return jax.vjp(lambda x: _xla(x, second, **setting), unknown)[1](first)[0]
+    return jax.vjp(lambda w: _xla(first, w, **setting), unknown)[1](second)[0]
 
 
 def _cpu(first, second, *, solve, shapes, strides, pads, groups):
