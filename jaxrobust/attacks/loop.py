@@ -43,7 +43,8 @@ def iterate(
     form = choose(form, traced)
     if form == "auto":
         shapes = tuple(jax.typeof(leaf) for leaf in leaves)
-        form = "stepped" if _has_slow_convolution(step, static, tree, shapes) else "fused"
+        slow = _has_slow_convolution(step, static, steps, tree, shapes)
+        form = "stepped" if slow else "fused"
     if form == "stepped":
         for i in range(steps):
             carry = _compiled_step(step, static, i, carry, operands)
@@ -71,10 +72,14 @@ def choose(form: str, traced: bool) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _has_slow_convolution(step, static, tree, shapes):
-    """Whether the step's program holds a convolution of XLA's; traced once per kind of call."""
-    carry, operands = jax.tree.unflatten(tree, shapes)
-    program = jax.make_jaxpr(functools.partial(step, static, 0))(carry, operands)
+def _has_slow_convolution(step, static, steps, tree, shapes):
+    """Whether the step's program holds a convolution of XLA's.
+
+    It is asked of the fused form's own trace, which a fused call then finds in JAX's cache.
+    """
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in shapes]
+    carry, operands = jax.tree.unflatten(tree, structs)
+    program = _fused.trace(step, static, steps, carry, operands).jaxpr
     return "conv_general_dilated" in str(program)
 
 
