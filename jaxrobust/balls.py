@@ -171,9 +171,9 @@ def _project_l1(delta, eps, low, high):
     Source: Croce and Hein 2021 (Mind the box), proposition 2.1; Duchi et al. 2008 without a box.
     """
     batch = delta.shape[0]
-    u, low, high = (_divide(jnp.broadcast_to(v, delta.shape), eps) for v in (delta, low, high))
+    u = _divide(delta, eps)
     size = jnp.abs(u).reshape(batch, -1)
-    room = jnp.where(u > 0, high, -low).reshape(batch, -1)
+    room = _divide(jnp.where(u > 0, high, -low), eps).reshape(batch, -1)
     saturates = jnp.maximum(size - room, 0)
     kinks = jnp.concatenate([size, saturates], 1)
     slopes = jnp.concatenate([jnp.ones_like(size), -jnp.ones_like(size)], 1)
@@ -186,8 +186,8 @@ def _project_l1(delta, eps, low, high):
     threshold = at(below) + (at(norm) - 1) / jnp.maximum(at(slopes), 1)
     threshold = jnp.where(norm[:, -1:] > 1, threshold, 0)
     kept = jnp.clip(size - threshold, 0, room).reshape(delta.shape)
-    # One more division takes back what rounding left outside.
-    return eps * jnp.sign(u) * kept / jnp.maximum(_sum(kept), 1)
+    # The division and the clip take back what rounding left outside of ball and box.
+    return jnp.clip(eps * jnp.sign(u) * kept / jnp.maximum(_sum(kept), 1), low, high)
 
 
 def _ascend_l1(grad, step, eps, low, high):

@@ -222,8 +222,9 @@ def test_other_platforms_get_the_plain_convolution(platform):
     x, kernel = draw((2, 8, 8, 64), (3, 3, 64, 64))
     traced = with_gradients(conv2d).trace(x, kernel)
     count = traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
-    assert count == 3
-    assert traced.lower(lowering_platforms=("cpu",)).as_text().count("stablehlo.convolution") > 3
+    # One for y, and for each of two gradients one beside a dead forward that the compiler drops.
+    assert count == 5
+    assert traced.lower(lowering_platforms=("cpu",)).as_text().count("stablehlo.convolution") > 5
 
 
 @pytest.mark.parametrize(
