@@ -71,7 +71,7 @@ def choose(form: str, traced: bool) -> str:
     return "auto" if jax.default_backend() == "cpu" and not traced else "fused"
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def _has_slow_convolution(step, static, steps, tree, shapes):
     """Whether the step's program holds a convolution of XLA's.
 
