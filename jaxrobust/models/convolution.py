@@ -159,8 +159,7 @@ def _plain(first, second, *, solve, shapes, **setting):
     if solve == "y":
         return _xla(first, second, **setting)
     # The unknown must vary over a mesh as its equation does: else it would be cast to, and the
-    # transpose of that cast is a sum over the devices.
-    # (The forward convolution that `vjp` adds is dead code, which the compiler drops.)
+    # transpose of that cast is a sum over the devices. The forward that `vjp` adds is dead code.
     unknown = _equally_varying(jnp.zeros(shapes["xwy".index(solve)], first.dtype), first)[0]
     if solve == "x":
         return jax.vjp(lambda x: _xla(x, second, **setting), unknown)[1](first)[0]
