@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import hypothesis
 import jax
 from jaxtyping import install_import_hook
 
@@ -15,3 +16,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # Shapes and types in the package's annotations are checked at every call the tests make.
 install_import_hook("jaxrobust", "beartype.beartype")
+
+# The same drawn cases every time, so that a failure belongs to the change that shows it;
+# `pytest --hypothesis-profile=default` draws new ones.
+hypothesis.settings.register_profile("same_cases", derandomize=True, database=None)
+hypothesis.settings.load_profile("same_cases")

@@ -66,6 +66,7 @@ CASES = {
     "three_channels": ((2, 9, 9, 3), (3, 3, 3, 64), {"padding": 1}),
     "strided_odd": ((2, 15, 11, 8), (3, 3, 8, 12), {"stride": 2, "padding": 1}),
     "strided_even_kernel": ((2, 14, 14, 6), (4, 4, 6, 7), {"stride": 2, "padding": 1}),
+    "cropped_left": ((2, 1, 2, 6), (1, 3, 6, 5), {"stride": (1, 2), "padding": ((0, 0), (3, 0))}),
     "patches": ((2, 17, 12, 6), (4, 4, 6, 7), {"stride": 4, "padding": "VALID"}),
     "two_strides": ((1, 9, 11, 5), (3, 2, 5, 4), {"stride": (1, 3), "padding": ((2, 0), (1, 4))}),
     "pointwise_strided": ((2, 8, 7, 6), (1, 1, 6, 9), {"stride": 2, "padding": 0}),

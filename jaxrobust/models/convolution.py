@@ -187,6 +187,8 @@ mlir.register_lowering(conv2d_p, mlir.lower_fun(_cpu, multiple_results=False), p
 
 
 def _cpu_forward(x, w, strides, pads, groups):
+    if min(map(min, pads)) < 0:  # XLA's kernel would read beyond the images (XLA issue 48713).
+        x, pads = _pad(x, pads), ((0, 0), (0, 0))
     if w.shape[2] == 1:
         return _shifted_products(x, w, strides, pads)
     if _winograd_pays(x, w.shape, strides, groups):
@@ -231,12 +233,12 @@ def _scattered_products(y, w, shape, strides, pads):
     """One matrix product gives every tap's share of x; few input channels keep it small."""
     kh, kw, ci, co = w.shape
     shares = (y.reshape(-1, co) @ w.reshape(-1, co).T).reshape(*y.shape[:3], kh, kw, ci)
-    zero = jnp.zeros((), y.dtype)
 
     def place(*tap):
         axes = zip(tap, strides, pads, shape[1:3], y.shape[1:3], strict=True)
         edges = [(t - p[0], n + p[0] - t - s * (m - 1) - 1, s - 1) for t, s, p, n, m in axes]
-        return lax.pad(shares[:, :, :, tap[0], tap[1]], zero, ((0, 0, 0), *edges, (0, 0, 0)))
+        share = shares[:, :, :, tap[0], tap[1]]
+        return lax.pad(share, jnp.zeros((), y.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
 
     return sum(place(u, v) for u in range(kh) for v in range(kw))
 
