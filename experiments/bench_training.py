@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -172,10 +173,10 @@ def step_flops(name: str, config: Config) -> float:
     return jr.flops.count_flops(step, state, batch_of(shape, config.batch[name])).matmul
 
 
-def memory_of(name: str, config: Config, library: str) -> float:
+def memory_of(name: str, config: Config, library: str) -> int:
     """Bytes that three steps add to the largest resident size of this process."""
     size = config.batch[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = largest_resident_size()
     if library == "torch":
         run = torch_step(name, config, size, False)
     else:
@@ -185,7 +186,19 @@ def memory_of(name: str, config: Config, library: str) -> float:
     stats = jax.devices()[0].memory_stats() or {}
     if library != "torch" and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return largest_resident_size() - before
+
+
+def largest_resident_size() -> int:
+    """Peak resident memory of this process, in bytes.
+
+    Not by `getrusage` on Linux: what it tells of a child begins at the parent's size.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024
 
 
 def memory_in_own_process(name: str, preset: str, library: str) -> float:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from experiments import common, plots, tables
@@ -137,3 +138,17 @@ def test_a_missing_cell_is_said_in_the_table(tmp_path):
 def test_plot_only_without_results_says_what_to_do(tmp_path):
     with pytest.raises(SystemExit, match="run the experiment without --plot-only"):
         plots.training_table(tmp_path / "nothing.json")
+
+
+def test_the_largest_resident_size_of_a_child_is_its_own():
+    """Linux hands a parent's peak down to its children: growth below it would count as none."""
+    program = (
+        "import numpy as np; from experiments import bench_training as b; "
+        "before = b.largest_resident_size(); block = np.ones(2**28, np.uint8); "
+        "print(b.largest_resident_size() - before)"
+    )
+    own = np.ones(2**30, np.uint8)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert 0.9 * 2**28 < int(run.stdout) < own.nbytes
