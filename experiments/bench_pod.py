@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -262,6 +263,14 @@ def table(results: common.Results, config: Config) -> str:
             found = results.find(key_of(name, program, sides))
             rows.append(_row(name, program, sides, found and found["metrics"], first))
     return common.markdown(HEADER, rows)
+
+
+def readme_table(path: Path) -> str:
+    """The table of a results file of the preset "full"."""
+    config = PRESETS["full"]
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run python -m experiments.{NAME}")
+    return table(common.Results(path, NAME, "full", config), config)
 
 
 def _row(name, program, sides, metrics, first):

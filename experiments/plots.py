@@ -15,6 +15,7 @@ NAMES = {
     "standard": "Standard",
     "n_fgsm": "N-FGSM",
     "n_fgsm_guarded": "N-FGSM, guarded",
+    "n_fgsm_unguarded": "the same without its guard",
     "pgd_at": "PGD-AT",
     "trades": "TRADES",
     "mart": "MART",
@@ -23,6 +24,7 @@ COLOURS = {
     "standard": "#7f7f7f",
     "n_fgsm": "#ff7f0e",
     "n_fgsm_guarded": "#d62728",
+    "n_fgsm_unguarded": "#e8a0a0",
     "pgd_at": "#1f77b4",
     "trades": "#2ca02c",
     "mart": "#9467bd",
@@ -90,7 +92,7 @@ def training_table(path: Path) -> str:
                         spread([cell[attack] for cell in cells]),
                         str(len(cells)),
                         # The guard's price depends on how often it acts: counted as always.
-                        ("<= " if "guarded" in method else "")
+                        ("<= " if method == "n_fgsm_guarded" else "")
                         + f"{np.mean([cell['train_flops'] for cell in cells]) / 1e12:.2g}",
                     ]
                 )
@@ -127,6 +129,42 @@ def attacks_table(path: Path) -> str:
                 *columns,
                 ratio(torch_routes),
                 ratio(foolbox_routes),
+            ]
+        )
+    return markdown(header, table)
+
+
+def training_speed_table(path: Path) -> str:
+    """The Markdown table of `bench_training`: images per second of a PGD-10 training step."""
+    cells = read(path)["cells"]
+    timed = [cell for cell in cells if "library" in cell["key"]]
+    memory = {
+        (cell["key"]["model"], cell["key"]["memory"]): cell["metrics"]["bytes"] / 2**20
+        for cell in cells
+        if "memory" in cell["key"]
+    }
+    best = defaultdict(float)
+    for cell in timed:
+        if cell["key"]["library"].startswith("torch"):
+            model, rate = cell["key"]["model"], cell["metrics"]["images_per_second"]
+            best[model] = max(best[model], rate)
+    header = ["network, batch", "step", "images/s", "x best torch", "GFLOP/s", "peak memory, MiB"]
+    table = []
+    for cell in timed:
+        key, figures = cell["key"], cell["metrics"]
+        rate, model = figures["images_per_second"], key["model"]
+        # Memory was taken once per library, with its default form of the step.
+        default = {"jaxrobust jit, 1 device, fused": "jaxrobust", "torch eager": "torch"}
+        library = default.get(key["library"].removesuffix(", frozen attack"))
+        used = memory.get((model, library))
+        table.append(
+            [
+                f"{model}, {key['batch']}",
+                key["library"],
+                f"{rate:.1f}",
+                f"{rate / best[model]:.2f}" if best[model] else "not run",
+                f"{figures['gflop_per_second']:.0f}",
+                "" if used is None else f"{used:.0f}",
             ]
         )
     return markdown(header, table)

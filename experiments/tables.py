@@ -11,7 +11,7 @@ import argparse
 import re
 from pathlib import Path
 
-from experiments import common, plots
+from experiments import bench_pod, common, plots
 from jaxrobust.checkpoint import atomic_write
 
 README = common.ROOT.parent / "README.md"
@@ -19,6 +19,8 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
 MAKERS = {
     "adversarial_training": plots.training_table,
     "bench_attacks": plots.attacks_table,
+    "bench_training": plots.training_speed_table,
+    "bench_pod": bench_pod.readme_table,
 }
 
 
@@ -31,7 +33,7 @@ def filled(text: str, results: Path = common.RESULTS) -> str:
 
     def table(match):
         name = match.group(2)
-        maker = MAKERS.get(name.rsplit("-", 1)[0])
+        maker = MAKERS.get(name.split("-")[0])
         if maker is None:
             raise SystemExit(f"{name}: no experiment makes this table; known: {sorted(MAKERS)}")
         return match.group(1) + maker(results / f"{name}.json") + "\n" + match.group(3).lstrip("\n")
