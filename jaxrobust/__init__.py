@@ -20,6 +20,12 @@ from jaxrobust import (
     training,
 )
 from jaxrobust.attacks import (
+    apgd,
+    apgd_ce,
+    apgd_dlr,
+    apgd_t,
+    fab,
+    fab_t,
     fgsm,
     l1_pgd,
     l2_pgd,
@@ -28,18 +34,27 @@ from jaxrobust.attacks import (
     n_fgsm,
     pgd,
     restarts,
+    square,
     targeted,
     worst_of,
 )
+from jaxrobust.evaluation import auto_attack
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "apgd",
+    "apgd_ce",
+    "apgd_dlr",
+    "apgd_t",
     "attacks",
+    "auto_attack",
     "balls",
     "checkpoint",
     "data",
     "evaluation",
+    "fab",
+    "fab_t",
     "fgsm",
     "flops",
     "l1_pgd",
@@ -53,6 +68,7 @@ __all__ = [
     "parallel",
     "pgd",
     "restarts",
+    "square",
     "targeted",
     "training",
     "worst_of",

@@ -1,0 +1,187 @@
+"""What attacks on classifiers share: how they are called, the classes they aim at, one evaluation.
+
+Such an attack is called as `attack(logits_fn, x, labels, key, mask=None, args=())` and returns
+misclassified images; an example that it cannot break, or that is misclassified as it is, comes back
+unchanged.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from jaxrobust import balls
+from jaxrobust.attacks import inputs, scheduler
+
+LogitsFn = Callable[..., Array]
+
+
+def evaluate(
+    logits_fn: LogitsFn, loss: Callable, x: Array, rows: scheduler.Rows, args: tuple, draws: int = 0
+) -> tuple[Array, Array, Array]:
+    """Loss [b], misclassification [b] and gradient [b, ...] of one forward and backward pass.
+
+    With `draws` > 0 the model is random, `logits_fn(x, keys, *args)`: loss and gradient are means
+    over so many draws, and an example is misclassified where most of its draws are.
+    """
+
+    def total(x, *keys):
+        logits = logits_fn(x, *keys, *args)
+        losses = loss(logits, rows.labels, rows.targets)
+        return losses.sum(), (losses, logits.argmax(1) != rows.labels)
+
+    gradient = jax.grad(total, has_aux=True)
+    if not draws:
+        grad, (losses, wrong) = gradient(x)
+        return losses, wrong, grad
+
+    def add(i, sums):
+        grad, (losses, wrong) = gradient(x, draw_keys(rows.keys, i))
+        return jax.tree.map(jnp.add, sums, (losses, wrong.astype(x.dtype), grad))
+
+    none = jnp.zeros(x.shape[0], x.dtype)
+    losses, wrong, grad = jax.lax.fori_loop(0, draws, add, (none, none, jnp.zeros_like(x)))
+    return losses / draws, wrong > draws / 2, grad / draws
+
+
+def draw_keys(keys: Array, number: Array | int) -> Array:
+    """The keys [b] of one draw of a random model."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def predict(
+    logits_fn: LogitsFn, x: Array, labels: Array, keys: Array, args: tuple, draws: int = 0
+) -> tuple[Array, Array]:
+    """Misclassification [b], of most draws where the model is random, and (mean) logits."""
+    if not draws:
+        logits = logits_fn(x, *args)
+        return logits.argmax(1) != labels, logits
+
+    def one(i):
+        logits = logits_fn(x, draw_keys(keys, i), *args)
+        return logits.argmax(1) != labels, logits
+
+    wrong, logits = jax.lax.map(one, jnp.arange(draws))
+    return wrong.mean(0) > 0.5, logits.mean(0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def clean_pass(
+    logits_fn: LogitsFn,
+    x: Array,
+    labels: Array,
+    keys: Array,
+    args: tuple,
+    targets: int,
+    draws: int = 0,
+) -> tuple[Array, Array, Array]:
+    """Correctness [b], the likeliest wrong classes [b, targets], and the logits [b, classes]."""
+    wrong, logits = predict(logits_fn, x, labels, keys, args, draws)
+    others = jnp.where(jax.nn.one_hot(labels, logits.shape[1], dtype=bool), -jnp.inf, logits)
+    return ~wrong, jax.lax.top_k(others, targets)[1], logits
+
+
+def class_count(logits_fn: LogitsFn, x: Array | jax.ShapeDtypeStruct, args: tuple) -> int:
+    """How many logits there are; `args` begin with keys [b] where the model is random.
+
+    Raises:
+        ValueError: fewer than 2, or logits that are not [b, classes].
+    """
+    shape = jax.eval_shape(logits_fn, x, *args).shape
+    if len(shape) != 2 or shape[0] != x.shape[0]:
+        raise ValueError(f"logits_fn must return [{x.shape[0]}, classes], got shape {shape}")
+    if shape[1] < 2:
+        raise ValueError(f"logits_fn must return logits of at least 2 classes, got {shape[1]}")
+    return shape[1]
+
+
+def break_batch(
+    attack: Any,
+    logits_fn: LogitsFn,
+    x: ArrayLike,
+    labels: ArrayLike,
+    key: Array,
+    mask: ArrayLike | None,
+    args: tuple,
+    slots: int = 128,
+) -> Array:
+    """Runs an attack with `search(classes)` and `eps` on one batch; see the module's docstring."""
+    x, mask, args = inputs.constant((x, mask, args))
+    x = inputs.check_images(x, attack.bounds)
+    keys = inputs.example_keys(key, x.shape[0])
+    draws = attack.draws
+    classes = class_count(logits_fn, x, (keys, *args) if draws else args)
+    labels = inputs.check_labels(labels, x.shape[0], classes)
+    if not x.shape[0]:
+        return x
+    search = attack.search(classes)
+    base = x.astype(jnp.float32)
+    eps = radii(attack.eps, mask, base)
+    right, targets, _ = clean_pass(logits_fn, base, labels, keys, args, search.targets, draws)
+    leaves = jax.tree.leaves((x, labels, eps, keys, args))
+    data = (base, labels, targets, eps)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        broken, x_adv = _traced(search, logits_fn, *data, keys, args)
+    else:
+        problem = scheduler.Problem(*(np.asarray(a) for a in data), keys)
+        broken, x_adv = _scheduled(search, logits_fn, problem, np.asarray(right), args, slots)
+    wide = (broken & right).reshape(-1, *(1,) * (x.ndim - 1))
+    return jax.lax.stop_gradient(jnp.where(wide, x_adv.astype(x.dtype), x))
+
+
+_ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}
+
+
+def _scheduled(search, logits_fn, problem, right, args, slots):
+    size = np.full(len(right), np.inf)
+    x_adv = problem.x.copy()
+
+    def keep(example, _number, broken, image):
+        # Of several rounds that all ran, the smallest perturbation; else there is only one.
+        if broken:
+            length = np.linalg.norm((image - problem.x[example]).ravel(), _ORDERS[search.norm])
+            if length < size[example]:
+                x_adv[example], size[example] = image, length
+
+    rounds = range(search.rounds if search.minimal else 1)
+    jobs = [(int(i), r) for r in rounds for i in np.flatnonzero(right)]
+    scheduler.run(
+        search, logits_fn, problem, jobs, keep, args=args, slots=slots, go_on=not search.minimal
+    )
+    return jnp.asarray(np.isfinite(size)), jnp.asarray(x_adv)
+
+
+def radii(eps: Any, mask: ArrayLike | None, x: Array) -> Array:
+    """One radius per example and, where asked for, per pixel: [b, 1...] or [b, ...]."""
+    eps = balls.broadcast_radius(eps, x)
+    if mask is not None:
+        eps = eps * balls.broadcast_radius(mask, x, "mask")
+    eps = eps.reshape((1,) * x.ndim) if eps.ndim == 0 else eps
+    return jnp.broadcast_to(eps, (x.shape[0], *eps.shape[1:]))
+
+
+def _traced(search, logits_fn, x, labels, targets, eps, keys, args):
+    """Inside jit or vmap nothing can be left out: every round runs on every example."""
+
+    def one_round(number, found):
+        size, x_adv = found
+        aim, rounds = targets[:, number % targets.shape[1]], jnp.full(len(x), number)
+        rows = scheduler.Rows(x, labels, aim, eps, draw_keys(keys, number), rounds)
+        state = search.begin(rows)
+        step = lambda _, state: search.advance(logits_fn, state, rows, args)  # noqa: E731
+        state = jax.lax.fori_loop(0, search.evaluations, step, state)
+        hit, x_hit = search.outcome(state, rows)
+        hit &= scheduler.confirmed(search, logits_fn, x_hit, rows, args)
+        length = jnp.where(hit, balls.norms(x_hit - x, search.norm), jnp.inf)
+        better = length < size if search.minimal else hit & jnp.isinf(size)
+        wide = better.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(better, length, size), jnp.where(wide, x_hit, x_adv)
+
+    found = (jnp.full(len(x), jnp.inf), x)
+    size, x_adv = jax.lax.fori_loop(0, search.rounds, one_round, found)
+    return jnp.isfinite(size), x_adv
