@@ -1,0 +1,255 @@
+"""AutoAttack against the reference PyTorch implementation: the same answer, and how much faster.
+
+    pip install -e '.[bench]'
+    python -m experiments.bench_autoattack                  # hours on 2 cores; resumes cell by cell
+    python -m experiments.bench_autoattack --preset smoke   # ours alone, seconds
+
+Networks are trained adversarially here, and both sides attack the same weights: every attack alone
+on all images, and then the standard suite. Ours is called twice, and the second call is timed, as
+compilation is told apart; PyTorch has none. The reference is `pyautoattack`, checked by its authors
+against the original. What the results file holds is not measured again.
+"""
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxrobust as jr
+from experiments import common, plots
+from jaxrobust import evaluation, training
+
+NAME = "bench_autoattack"
+ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
+SUITE = "standard"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One network, how it is trained, and what it is attacked with."""
+
+    model: Mapping[str, Any]
+    dataset: str
+    norm: str
+    eps: float
+    epochs: int
+    rate: float
+    images: int
+
+
+DIGITS = {"name": "small_cnn", "channels": (16, 32), "strides": (1, 2), "kernel": 3}
+WIDE = {"name": "preact_resnet", "stages": (2, 2, 2, 2), "widths": (16, 32, 64, 128)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is attacked."""
+
+    problems: Mapping[str, Problem] = dataclasses.field(
+        default_factory=lambda: {
+            "digits_cnn": Problem(
+                model=DIGITS, dataset="digits", norm="linf", eps=0.15, epochs=60, rate=5e-3,
+                images=1000,
+            ),
+            "mnist_cnn": Problem(
+                model={"name": "small_cnn"}, dataset="mnist5k", norm="linf", eps=0.3, epochs=20,
+                rate=1e-2, images=1000,
+            ),
+            "mnist_cnn_l2": Problem(
+                model={"name": "small_cnn"}, dataset="mnist5k", norm="l2", eps=2.0, epochs=20,
+                rate=1e-2, images=1000,
+            ),
+            "preact_resnet18_narrow": Problem(
+                model={**WIDE, "norm": "batch"}, dataset="mnist5k", norm="linf", eps=0.2, epochs=8,
+                rate=5e-3, images=200,
+            ),
+        }
+    )  # fmt: skip
+    attacks: tuple[str, ...] = (*ATTACKS, SUITE)
+    queries: int = 5000
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch_size: int = 256
+    peers: bool = True
+
+
+PRESETS = {
+    "full": Config(),
+    "smoke": Config(
+        problems={
+            "digits_cnn": Problem(
+                model=DIGITS, dataset="digits", norm="linf", eps=0.1, epochs=3, rate=5e-3, images=32
+            )
+        },
+        attacks=("apgd-ce", "square"),
+        queries=100,
+        seeds=(0,),
+        batch_size=16,
+        peers=False,
+    ),
+}
+
+
+def trained(name: str, problem: Problem, config: Config, options) -> tuple[jr.models.Model, dict]:
+    """The network with its weights, from the run folder if they are there."""
+    model = jr.models.build(**problem.model)
+    path = common.run_folder(options, config, {"model": name}) / "weights.safetensors"
+    if path.exists():
+        return model, jr.checkpoint.load_weights(path)
+    examples = jr.data.load(problem.dataset, "train+validation")
+    steps = problem.epochs * jr.data.steps_per_epoch(examples, 50)
+    rate = training.learning_rate("cosine", problem.rate, steps, warmup=0.1)
+    optimizer = optax.adam(rate)
+    ramp = optax.linear_schedule(0.0, 1.0, round(0.3 * steps))
+    attack = jr.pgd(problem.norm, problem.eps, steps=5)
+    objective = training.adversarial(attack, eps_schedule=ramp)
+    mesh = common.mesh_for(options, 50)
+    state = jr.parallel.create(
+        lambda: training.create_state(
+            model, optimizer, jax.random.key(0), examples.images.shape[1:], extra=objective.extra
+        ),
+        mesh,
+    )
+    augment = jr.data.compose(partial(jr.data.pad_crop, pad=1))
+    step = training.train_step(model, optimizer, objective, augment=augment)
+    fitted = training.fit(
+        step, state, examples, batch_size=50, epochs=problem.epochs, mesh=mesh, label=name,
+        directory=path.parent,
+    )  # fmt: skip
+    variables = jax.tree.map(np.asarray, fitted.variables)
+    jr.checkpoint.save_weights(path, variables)
+    return model, variables
+
+
+def examples_of(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Test images first; a small set is filled up with others, since nothing is claimed of them."""
+    test, rest = (jr.data.load(problem.dataset, s) for s in ("test", "train+validation"))
+    images = np.concatenate([test.images, rest.images])[: problem.images]
+    return images, np.concatenate([test.labels, rest.labels])[: problem.images]
+
+
+def ours(model, variables, problem: Problem, attack: str, config: Config, options):
+    """A function of a seed that gives the accuracy under our attack."""
+    images, labels = examples_of(problem)
+    mesh = common.mesh_for(options, config.batch_size)
+    placed = jr.parallel.create(lambda: jax.tree.map(jax.numpy.asarray, variables), mesh)
+    suite = evaluation.suite("standard", problem.norm, problem.eps)
+    suite["square"] = dataclasses.replace(suite["square"], queries=config.queries)
+    chosen = suite if attack == SUITE else {attack: suite[attack]}
+
+    def logits_fn(x, variables):
+        return model.apply(variables, x)
+
+    def run(seed):
+        result = jr.auto_attack(
+            logits_fn, images, labels, eps=problem.eps, norm=problem.norm, version="custom",
+            attacks=chosen, key=jax.random.key(seed), args=(placed,),
+            batch_size=config.batch_size, mesh=mesh, progress=False,
+        )  # fmt: skip
+        return float(result.robust.mean())
+
+    return run
+
+
+def reference(model, variables, problem: Problem, attack: str, config: Config):
+    """A function of a seed that gives the accuracy under the reference's attack."""
+    import torch
+    from pyautoattack import AutoAttack
+
+    from experiments import torch_twins
+
+    images, labels = examples_of(problem)
+    net = torch_twins.freeze(torch_twins.twin(model.config, variables, images.shape[1:]))
+    x, y = torch_twins.nchw(images), torch.from_numpy(np.array(labels)).long()
+    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[problem.norm]
+    names = list(ATTACKS) if attack == SUITE else [attack]
+
+    def run(seed):
+        suite = AutoAttack(
+            net, norm=norm, eps=problem.eps, version="custom", attacks=names, seed=seed
+        )
+        suite.verbose = False
+        suite.apgd.n_restarts, suite.square.n_queries = 1, config.queries
+        x_adv, _ = suite.run_standard_evaluation(x, y, batch_size=config.batch_size)
+        with torch.no_grad():
+            return float((net(x_adv).argmax(1) == y).float().mean())
+
+    return run
+
+
+def table(path: Path) -> str:
+    """Accuracy and speed of both, per network and attack, as Markdown."""
+    rows = defaultdict(lambda: defaultdict(list))
+    for cell in plots.read(path)["cells"]:
+        key, figures = cell["key"], cell["metrics"]
+        row = (key["model"], f"{key['norm']} {key['eps']:g}", key["attack"])
+        rows[row][key["library"]].append(figures)
+    header = ["network", "threat", "attack", "accuracy %, ours", "reference", "images/s, ours",
+              "reference", "x"]  # fmt: skip
+    lines = []
+    for (model, threat, attack), found in rows.items():
+        columns, rates = [], []
+        for library in ("jaxrobust", "reference"):
+            cells = found.get(library)
+            columns.append(plots.spread([c["accuracy"] for c in cells]) if cells else "not run")
+            rates.append(np.median([c["images_per_second"] for c in cells]) if cells else None)
+        ratio = f"{rates[0] / rates[1]:.2f}" if None not in rates else "not run"
+        shown = ["not run" if rate is None else f"{rate:.1f}" for rate in rates]
+        lines.append([model, threat, attack, *columns, *shown, ratio])
+    return common.markdown(header, lines)
+
+
+def main(config: Config, options) -> None:
+    """Attacks every network with every attack in turn, seed by seed, and writes the results."""
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    path = options.out / f"{NAME}-{kind if options.preset == 'full' else options.preset}.json"
+    results = common.Results(path, NAME, options.preset, config)
+    jobs = [
+        (name, attack, seed)
+        for name in config.problems
+        for seed in config.seeds
+        for attack in config.attacks
+    ]
+    networks = {}
+    for name, attack, seed in tqdm(jobs, desc=NAME, unit="cell"):
+        problem = config.problems[name]
+        for library in ("jaxrobust", "reference") if config.peers else ("jaxrobust",):
+            key = {
+                "library": library, "model": name, "attack": attack, "norm": problem.norm,
+                "eps": problem.eps, "seed": seed, "images": problem.images,
+            }  # fmt: skip
+            if results.find(key) is not None:
+                continue
+            if name not in networks:
+                networks[name] = trained(name, problem, config, options)
+            begun = time.perf_counter()
+            if library == "reference":
+                run, first = reference(*networks[name], problem, attack, config), None
+            else:
+                run = ours(*networks[name], problem, attack, config, options)
+                run(seed)
+                first = time.perf_counter() - begun
+            timed = time.perf_counter()
+            accuracy = run(seed)
+            seconds = time.perf_counter() - timed
+            figures = {
+                "accuracy": accuracy,
+                "attack_seconds": seconds,
+                "images_per_second": problem.images / seconds,
+                **({} if first is None else {"first_seconds": first}),
+            }
+            results.add(key, figures, time.perf_counter() - begun)
+    print(table(path))
+    print(f"results: {path}")
+
+
+if __name__ == "__main__":
+    chosen = common.arguments(__doc__, PRESETS, default="full")
+    main(PRESETS[chosen.preset], chosen)
