@@ -147,6 +147,29 @@ def data_parallel(
     return call
 
 
+def map_examples(
+    fn: Callable[[PyTree, PyTree, str | None], PyTree], mesh: Mesh | None
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """Runs a function of many examples on every device's share of them.
+
+    Args:
+        fn: (shared, examples, axis_name) -> results [b, ...], row by row those of `examples`.
+        mesh: the devices; None runs `fn` as it is, with `axis_name=None`.
+
+    Returns:
+        (shared, examples) -> results [b, ...], to be called under `jax.jit`; b must be divisible
+        by the devices.
+    """
+    if mesh is None:
+        return lambda shared, examples: fn(shared, examples, None)
+    return jax.shard_map(
+        lambda shared, examples: fn(shared, examples, AXIS),
+        mesh=mesh,
+        in_specs=(P(), P(AXIS)),
+        out_specs=P(AXIS),
+    )
+
+
 def _by_shard_map(step, mesh, donated):
     mapped = jax.shard_map(
         lambda state, batch: step(state, batch, AXIS),
