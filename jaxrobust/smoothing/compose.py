@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxrobust.smoothing.sampling import LogitsFn
@@ -60,6 +61,6 @@ class Denoised:
     denoise: Callable[..., Array]
     classify: Callable[..., Array]
 
-    def __call__(self, x: Array, denoiser_variables: Any, classifier_variables: Any) -> Array:
+    def __call__(self, x: ArrayLike, denoiser_variables: Any, classifier_variables: Any) -> Array:
         """Logits of what the denoiser makes of x."""
         return self.classify(classifier_variables, self.denoise(denoiser_variables, x))
