@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PACKAGES = ("jaxrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Fields of a cell that may differ between two runs of the same command.
-TIMES = ("seconds", "train_seconds", "attack_seconds")
+TIMES = ("seconds", "train_seconds", "attack_seconds", "certify_seconds")
 
 
 def arguments(
