@@ -126,6 +126,21 @@ def test_a_sharded_batch_lies_on_the_devices_in_order():
         np.testing.assert_array_equal(shard.data, Y[shard.index])
 
 
+@pytest.mark.parametrize("devices", [None, 1, 2, 8])
+def test_mapped_examples_keep_their_order_and_see_what_is_shared(devices):
+    shares = []
+
+    def fn(shared, examples, axis_name):
+        shares.append(len(examples["y"]))
+        assert (axis_name is None) == (devices is None)
+        return {"sum": shared + examples["x"].sum(1) + examples["y"]}
+
+    mesh = parallel.data_mesh(devices) if devices else None
+    got = jax.jit(parallel.map_examples(fn, mesh))(jnp.float32(2), {"x": X, "y": Y})
+    np.testing.assert_allclose(got["sum"], 2 + X.sum(1) + Y, rtol=1e-5)
+    assert set(shares) == {BATCH // (devices or 1)}
+
+
 def test_a_mesh_takes_a_count_or_devices():
     assert parallel.data_mesh().size == 8
     assert list(parallel.data_mesh(3).devices.flat) == jax.devices()[:3]
