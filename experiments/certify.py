@@ -26,7 +26,6 @@ import jaxrobust as jr
 from experiments import common, plots_certify
 from experiments.adversarial_training import augmentation, load, optimizer_of
 from jaxrobust import smoothing, training
-from jaxrobust.training import smoothing as objectives
 
 NAME = "certify"
 
@@ -130,9 +129,9 @@ def objective_of(method: str, sigma: float, config: Config, steps: int):
     if method == "standard":
         return training.standard()
     if method == "gaussian":
-        return objectives.gaussian(sigma, samples=samples)
+        return training.gaussian(sigma, samples=samples)
     if method == "consistency":
-        return objectives.consistency(
+        return training.consistency(
             sigma, samples=samples, weight=config.consistency, entropy=config.entropy
         )
     if method == "smooth_adv":
@@ -140,7 +139,7 @@ def objective_of(method: str, sigma: float, config: Config, steps: int):
         ramp = optax.linear_schedule(0.0, 1.0, rising) if rising else None
         eps, count = config.attack_eps, config.attack_steps
         attack = jr.l2_pgd(eps, steps=count, step_size=2 * eps / count)
-        return objectives.smooth_adv(attack, sigma, samples=samples, eps_schedule=ramp)
+        return training.smooth_adv(attack, sigma, samples=samples, eps_schedule=ramp)
     raise ValueError(f"method must be one of {tuple(plots_certify.NAMES)}, got {method!r}")
 
 

@@ -11,7 +11,7 @@ import argparse
 import re
 from pathlib import Path
 
-from experiments import bench_pod, common, plots
+from experiments import bench_autoattack, bench_pod, common, plots, plots_certify
 from jaxrobust.checkpoint import atomic_write
 
 README = common.ROOT.parent / "README.md"
@@ -21,6 +21,8 @@ MAKERS = {
     "bench_attacks": plots.attacks_table,
     "bench_training": plots.training_speed_table,
     "bench_pod": bench_pod.readme_table,
+    "bench_autoattack": bench_autoattack.table,
+    "certify": plots_certify.certified_table,
 }
 
 

@@ -17,6 +17,7 @@ from jaxrobust import (
     metrics,
     models,
     parallel,
+    smoothing,
     training,
 )
 from jaxrobust.attacks import (
@@ -39,6 +40,7 @@ from jaxrobust.attacks import (
     worst_of,
 )
 from jaxrobust.evaluation import auto_attack
+from jaxrobust.smoothing import certify
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = [
     "attacks",
     "auto_attack",
     "balls",
+    "certify",
     "checkpoint",
     "data",
     "evaluation",
@@ -68,6 +71,7 @@ __all__ = [
     "parallel",
     "pgd",
     "restarts",
+    "smoothing",
     "square",
     "targeted",
     "training",

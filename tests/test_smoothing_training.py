@@ -7,8 +7,16 @@ import optax
 import pytest
 
 from jaxrobust import attacks, models, parallel, smoothing
-from jaxrobust.training import Context, create_state, sgd, train_step
-from jaxrobust.training.smoothing import consistency, denoising, gaussian, smooth_adv
+from jaxrobust.training import (
+    Context,
+    consistency,
+    create_state,
+    denoising,
+    gaussian,
+    sgd,
+    smooth_adv,
+    train_step,
+)
 
 SHAPE, BATCH, CLASSES, SIGMA = (2, 3, 1), 8, 4, 0.25
 RANDOM = np.random.default_rng(0)

@@ -13,6 +13,7 @@ from jaxrobust.training.objectives import (
     with_awp,
 )
 from jaxrobust.training.optimizers import learning_rate, sgd
+from jaxrobust.training.smoothing import consistency, denoising, gaussian, smooth_adv
 from jaxrobust.training.state import TrainState, create_state
 from jaxrobust.training.step import train_step
 
@@ -22,14 +23,18 @@ __all__ = [
     "Objective",
     "TrainState",
     "adversarial",
+    "consistency",
     "create_state",
+    "denoising",
     "fit",
+    "gaussian",
     "guarded_n_fgsm",
     "learning_rate",
     "mart",
     "metric_logger",
     "read_metrics",
     "sgd",
+    "smooth_adv",
     "standard",
     "trades",
     "train_step",
