@@ -84,7 +84,7 @@ PRESETS = {
         radii=(0.0, 0.25, 0.5, 0.75, 1.0),
         table_radii=(0.0, 0.5, 1.0),
     ),
-    "quick": Config(sigmas=(0.5,), seeds=(0,), test_images=500, samples=2_000, block=125),
+    "quick": Config(sigmas=(0.5,), seeds=(0,), test_images=500, samples=5_000, block=125),
     "laptop": Config(),
     # Networks, schedules and numbers of the papers: ResNet-110 is a PreActResNet-18 here.
     "paper": Config(
