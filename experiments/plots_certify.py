@@ -83,15 +83,17 @@ def certified_curves(path: Path) -> None:
         layout="constrained",
     )
     for axis, sigma in zip(axes[0], sigmas, strict=True):
+        end = 0.0
         for (where, method), cells in rows.items():
             if where != sigma:
                 continue
             radii = cells[0]["radii"]
             values = 100 * np.array([cell["certified_accuracy"] for cell in cells])
             colour = COLOURS[method]
+            end = max([end, *(r for r, high in zip(radii, values.max(0), strict=True) if high)])
             axis.plot(radii, values.mean(0), color=colour, label=NAMES[method])
             axis.fill_between(radii, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
-        axis.set(xlabel="l2 radius", ylim=(0, 100), xlim=(0, None))
+        axis.set(xlabel="l2 radius", ylim=(0, 100), xlim=(0, 1.1 * end or None))
         axis.set_title(f"{config['dataset']}, sigma {sigma:g}", fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
