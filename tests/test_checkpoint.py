@@ -384,8 +384,10 @@ while True:
 
 
 def test_sigkill_at_random_moments_never_breaks_or_loses_a_checkpoint(tmp_path):
-    moments, announced = random.Random(0), 0
-    for _ in range(5):
+    moments, announced, kills = random.Random(0), 0, 0
+    while kills < 5 or announced < 3:  # a busy machine may need more lives for three saves
+        kills += 1
+        assert kills <= 30
         command = [sys.executable, "-c", SAVE_IN_A_LOOP, str(tmp_path / "run")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
             assert child.stdout.readline().startswith("restored")
@@ -402,7 +404,6 @@ def test_sigkill_at_random_moments_never_breaks_or_loses_a_checkpoint(tmp_path):
             step, state, loop = restore(tmp_path / "run", like)
             assert loop == {"step": step}
             assert all((leaf == step).all() for leaf in state.values())
-    assert announced >= 3
 
 
 # ---- several processes --------------------------------------------------------------------------
