@@ -213,8 +213,8 @@ def main(config: Config, options) -> None:
     results = common.Results(path, NAME, options.preset, config)
     jobs = [
         (name, attack, seed)
-        for name in config.problems
         for seed in config.seeds
+        for name in config.problems
         for attack in config.attacks
     ]
     networks = {}
