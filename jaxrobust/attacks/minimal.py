@@ -1,0 +1,345 @@
+"""Minimum-norm attacks by gradient steps on a ball that grows and shrinks: DDN and FMN.
+
+attack = fmn("linf", steps=100)
+logits_fn = lambda x, params: model.apply(params, x)
+x_adv = attack(logits_fn, x, labels, args=(params,))
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from jaxrobust import balls, losses
+from jaxrobust.attacks import inputs, loop, nearest
+from jaxrobust.attacks.pgd import Number, _check_loop, _value
+
+NORMS = ("linf", "l2", "l1", "l0")
+
+_DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+# The logits' range in which softmax neither saturates nor goes flat. DDN scales others into it, so
+# that its cross entropy has the same gradient directions at any temperature.
+_SPREAD = (5.0, 30.0)
+# Halvings after which a float32 threshold does not move any more.
+_HALVINGS = 31
+# On a linear piece the estimated distance ends exactly on the boundary: go beyond by this share.
+_BEYOND = 1e-3
+_TINY = 1e-30
+
+
+@_value(data=("init_norm", "gamma"), meta=("steps", "levels", "bounds", "loop"))
+class DDN:
+    """Decoupled direction and norm, l2; made by `ddn`.
+
+    delta <- eps * unit(delta + a_i unit(grad CE)),  eps <- (1 -+ gamma) eps after a success or not
+
+    The step a_i falls from 1 to 0.01 of the box's width along half a cosine. The direction is
+    that of the cross entropy's gradient at logits whose range is scaled into [5, 30] where it lies
+    outside: there softmax would be flat or saturated.
+
+    Attributes:
+        init_norm: the first eps, in units of the box's width.
+        gamma: by what share eps moves per step.
+        steps: how many gradients are taken.
+        levels: None, or how many values a pixel may have, evenly spaced over the box (256: files).
+        bounds: the box.
+        loop: the loop's form (`attacks.loop`).
+
+    Source: Rony et al. 2019, algorithm 1.
+    """
+
+    init_norm: Number = 1.0
+    gamma: Number = 0.05
+    steps: int
+    levels: int | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
+    loop: str = "auto"
+
+    def __call__(
+        self,
+        logits_fn: nearest.LogitsFn,
+        x: ArrayLike,
+        labels: ArrayLike,
+        key: Array | None = None,
+        mask: ArrayLike | None = None,
+        args: tuple = (),
+        targets: ArrayLike | None = None,
+    ) -> Array:
+        """Attacks a batch.
+
+        Args:
+            logits_fn: (x, *args) -> [b, classes]. Pass the same function object every time, and
+                what changes through `args`: then an eager call compiles once.
+            x: [b, ...] float in `bounds`.
+            labels: [b] the true classes.
+            key: not used, nothing is drawn; here so that all attacks are called alike.
+            mask: broadcasts to x; a pixel may change where it is > 0.
+            args: arrays (or trees of them) that `logits_fn` takes besides x.
+            targets: None, or [b] classes, none equal to its label: success is to be taken for it.
+
+        Returns:
+            x_adv, of x's shape and type, in the box: the nearest success that was met; x bit for
+            bit where there was none, or where x itself is one.
+
+        Raises:
+            TypeError, ValueError: names the argument, its value and what was expected.
+        """
+        call = nearest.checked(logits_fn, x, labels, mask, args, targets, self.bounds)
+        x, classes, mask, args, targeted = call
+        if x.shape[0] == 0:
+            return x
+        carry, frame, worst = _begin_ddn(self, x, classes, mask)
+        x_adv, _, best = loop.iterate(
+            _step_ddn,
+            carry,
+            self.steps,
+            operands=(frame, worst, self.gamma, args),
+            static=(logits_fn, targeted, self.steps, self.levels, self.bounds),
+            form=self.loop,
+        )
+        # Pushed outwards, a pixel would leave its level.
+        pushes = nearest.PUSHES if self.levels is None else (0.0,)
+        return nearest.finish((logits_fn, targeted, "l2", pushes), x, frame, args, best, x_adv)
+
+
+@jax.jit
+def _begin_ddn(attack, x, classes, mask):
+    """The loop's carry (point, eps, best), the batch, and the largest norm that there can be."""
+    frame = nearest.frame(x, classes, mask, attack.bounds)
+    first = jnp.asarray(attack.init_norm * nearest.widths(attack.bounds), frame.x.dtype)
+    eps = jnp.broadcast_to(first, x.shape[:1])
+    return (jnp.copy(frame.x), eps, nearest.nothing_yet(frame)), frame, _worst(frame, "l2")
+
+
+def _worst(frame, norm):
+    return nearest.norms(jnp.maximum(frame.high - frame.x, frame.x - frame.low), norm)
+
+
+def _step_ddn(static, i, carry, operands):
+    logits_fn, targeted, steps, levels, bounds = static
+    x_adv, eps, best = carry
+    frame, worst, gamma, args = operands
+
+    def climbed(logits):
+        loss = losses.cross_entropy(_tempered(logits), frame.classes)
+        return -loss if targeted else loss
+
+    grad, logits = nearest.gradient(climbed, logits_fn, x_adv, args)
+    best, success, _ = nearest.look(frame, best, x_adv, logits, targeted, "l2")
+    grad = jnp.where(frame.high > frame.low, grad, 0)
+    step = nearest.widths(bounds) * _cosine(i, steps, 1.0, 0.01)
+    delta = x_adv - frame.x + step * nearest.unit(grad)
+    eps = jnp.minimum(eps * jnp.where(success, 1 - gamma, 1 + gamma), worst)
+    x_adv = frame.x + nearest.rows(eps, delta) * nearest.unit(delta)
+    x_adv = jnp.clip(x_adv, frame.low, frame.high)
+    if levels is not None:
+        x_adv = jnp.where(frame.high > frame.low, _quantised(x_adv, levels, bounds), x_adv)
+    return x_adv, eps, best
+
+
+def _tempered(logits):
+    """Logits scaled until their range lies in `_SPREAD`."""
+    spread = jax.lax.stop_gradient(logits.max(1, keepdims=True) - logits.min(1, keepdims=True))
+    return logits * (jnp.clip(spread, *_SPREAD) / jnp.maximum(spread, _TINY))
+
+
+def _quantised(x, levels, bounds):
+    low, high = bounds
+    return low + jnp.round((x - low) / (high - low) * (levels - 1)) / (levels - 1) * (high - low)
+
+
+def _cosine(i, steps, first, last):
+    """From `first` at step 0 down to `last` at step `steps`, along half a cosine."""
+    return last + (first - last) * (1 + jnp.cos(jnp.pi * i / steps)) / 2
+
+
+@_value(data=("step_size", "gamma"), meta=("norm", "steps", "bounds", "loop"))
+class FMN:
+    """Fast minimum norm, in linf, l2, l1 or l0; made by `fmn`.
+
+    delta <- project_eps(delta + a_i unit(grad margin)),  until a first success eps is the norm plus
+    the distance to the linearised boundary, afterwards (1 -+ gamma_i) eps
+
+    Steps and gammas fall along half a cosine, to 1 % and to 0.001. Pixels that the box stops count
+    neither for the direction nor for the distance, and the distance is taken 0.1 % longer: else eps
+    stalls before the boundary where many pixels are black or white, or where the net is linear.
+
+    Attributes:
+        step_size: the first step's l2 length, in units of the box's width.
+        gamma: by what share eps moves in the first step.
+        norm: "linf", "l2", "l1" or "l0" (how many numbers of an image change).
+        steps: how many gradients are taken.
+        bounds: the box.
+        loop: the loop's form (`attacks.loop`).
+
+    Source: Pintor et al. 2021, algorithm 1; the two changes of the distance are ours.
+    """
+
+    step_size: Number = 1.0
+    gamma: Number = 0.05
+    norm: str
+    steps: int
+    bounds: tuple[float, float] = (0.0, 1.0)
+    loop: str = "auto"
+
+    def __call__(
+        self,
+        logits_fn: nearest.LogitsFn,
+        x: ArrayLike,
+        labels: ArrayLike,
+        key: Array | None = None,
+        mask: ArrayLike | None = None,
+        args: tuple = (),
+        targets: ArrayLike | None = None,
+    ) -> Array:
+        """Attacks a batch; arguments, result and errors as `DDN.__call__`."""
+        call = nearest.checked(logits_fn, x, labels, mask, args, targets, self.bounds)
+        x, classes, mask, args, targeted = call
+        if x.shape[0] == 0:
+            return x
+        carry, frame, worst = _begin_fmn(self, x, classes, mask)
+        x_adv, _, best = loop.iterate(
+            _step_fmn,
+            carry,
+            self.steps,
+            operands=(frame, worst, self.step_size, self.gamma, args),
+            static=(logits_fn, targeted, self.norm, self.steps, nearest.widths(self.bounds)),
+            form=self.loop,
+        )
+        last = (logits_fn, targeted, self.norm, nearest.PUSHES)
+        return nearest.finish(last, x, frame, args, best, x_adv)
+
+
+@jax.jit
+def _begin_fmn(attack, x, classes, mask):
+    frame = nearest.frame(x, classes, mask, attack.bounds)
+    eps = jnp.full(x.shape[:1], 1.0 if attack.norm == "l0" else jnp.inf, frame.x.dtype)
+    worst = _worst(frame, attack.norm)
+    return (jnp.copy(frame.x), eps, nearest.nothing_yet(frame)), frame, worst
+
+
+def _step_fmn(static, i, carry, operands):
+    logits_fn, targeted, norm, steps, width = static
+    x_adv, eps, best = carry
+    frame, worst, step_size, gamma, args = operands
+    margin_of = lambda logits: nearest.margin(logits, frame.classes, targeted)  # noqa: E731
+    grad, logits = nearest.gradient(margin_of, logits_fn, x_adv, args)
+    stopped = ((x_adv <= frame.low) & (grad <= 0)) | ((x_adv >= frame.high) & (grad >= 0))
+    grad = jnp.where(stopped, 0, grad)
+    best, success, size = nearest.look(frame, best, x_adv, logits, targeted, norm)
+    gamma = _cosine(i, steps, gamma, 0.001)
+    if norm == "l0":
+        eps = _next_count(eps, gamma, success, best)
+    else:
+        slope = jnp.maximum(balls.norms(grad, _DUAL[norm]), _TINY)
+        reach = (size + jnp.abs(margin_of(logits)) / slope) * (1 + _BEYOND)
+        eps = _next_radius(eps, gamma, success, best, reach)
+    eps = jnp.minimum(eps, worst)
+    step = width * _cosine(i, steps, step_size, step_size / 100)
+    delta = x_adv - frame.x + step * nearest.unit(grad)
+    delta = _projected(norm, delta, nearest.rows(eps, delta), frame)
+    return jnp.clip(frame.x + delta, frame.low, frame.high), eps, best
+
+
+def _next_radius(eps, gamma, success, best, reach):
+    more = jnp.where(jnp.isfinite(best.norm), eps * (1 + gamma), reach)
+    return jnp.where(success, jnp.minimum(eps * (1 - gamma), best.norm), more)
+
+
+def _next_count(eps, gamma, success, best):
+    less = jnp.minimum(jnp.minimum(eps - 1, jnp.floor(eps * (1 - gamma))), best.norm)
+    more = jnp.maximum(eps + 1, jnp.floor(eps * (1 + gamma)))
+    return jnp.maximum(jnp.where(success, less, more), 0)
+
+
+def _projected(norm, delta, eps, frame):
+    """The nearest perturbation of norm <= eps; in l1 inside the box too."""
+    low, high = frame.low - frame.x, frame.high - frame.x
+    if norm == "l0":
+        return _largest(delta, eps)
+    if norm == "l1":
+        return _shrunk(delta, eps, low, high)
+    return balls.ball(norm).project(delta, eps, low, high)
+
+
+def _shrunk(delta, eps, low, high):
+    """The l1 projection of `balls`, its threshold by bisection: sorts are slow on CPU."""
+    size, room = jnp.abs(delta), jnp.where(delta > 0, high, -low)
+    left = lambda threshold: jnp.clip(size - threshold, 0, room)  # noqa: E731
+
+    def halve(_, ends):
+        inside, outside = ends  # thresholds whose norm is <= eps, and > eps
+        middle = (inside + outside) / 2
+        fits = nearest.rows(nearest.total(left(middle)), delta) <= eps
+        return jnp.where(fits, middle, inside), jnp.where(fits, outside, middle)
+
+    most = size.max(tuple(range(1, size.ndim)), keepdims=True)
+    threshold = jax.lax.fori_loop(0, _HALVINGS, halve, (most, jnp.zeros_like(most)))[0]
+    fits = nearest.rows(nearest.total(left(0)), delta) <= eps
+    return jnp.sign(delta) * left(jnp.where(fits, 0, threshold))
+
+
+def _largest(delta, eps):
+    """Its `eps` largest entries, and all that equal the last of them; 0 elsewhere."""
+    # The bits of floats >= 0 are ordered as they are: bisecting them finds the exact entry.
+    size = jax.lax.bitcast_convert_type(jnp.abs(delta).astype(jnp.float32), jnp.int32)
+
+    def halve(_, ends):
+        many, few = ends  # thresholds that at least eps entries reach, and that fewer do
+        middle = many + (few - many) // 2
+        enough = nearest.rows(nearest.total((size >= middle).astype(eps.dtype)), delta) >= eps
+        return jnp.where(enough, middle, many), jnp.where(enough, few, middle)
+
+    ends = (jnp.zeros(eps.shape, jnp.int32), jnp.full(eps.shape, 0x7F800000, jnp.int32))
+    return jnp.where(size >= jax.lax.fori_loop(0, _HALVINGS, halve, ends)[0], delta, 0)
+
+
+def ddn(
+    steps: int = 100,
+    *,
+    init_norm: Number = 1.0,
+    gamma: Number = 0.05,
+    levels: int | None = None,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    loop: str = "auto",
+) -> DDN:
+    """DDN, a minimum-norm attack in l2; arguments as the attributes of `DDN`.
+
+    Raises:
+        ValueError: fewer than one step, init_norm or gamma <= 0, fewer than two levels or levels
+            without bounds, bounds the wrong way round, or an unknown loop.
+    """
+    inputs.check_steps(steps)
+    inputs.check_number("init_norm", init_norm, low=0, strict=True)
+    inputs.check_number("gamma", gamma, low=0, strict=True)
+    inputs.check_number("levels", levels, low=2)
+    _check_loop(loop)
+    bounds = inputs.check_bounds(bounds) if levels is None else nearest.finite(bounds)
+    return DDN(
+        init_norm=init_norm, gamma=gamma, steps=steps, levels=levels, bounds=bounds, loop=loop
+    )
+
+
+def fmn(
+    norm: str,
+    steps: int = 100,
+    *,
+    step_size: Number = 1.0,
+    gamma: Number = 0.05,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    loop: str = "auto",
+) -> FMN:
+    """FMN, a minimum-norm attack in linf, l2, l1 or l0; arguments as the attributes of `FMN`.
+
+    Raises:
+        ValueError: an unknown norm or loop, fewer than one step, a step size or gamma <= 0, or
+            bounds the wrong way round.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    inputs.check_steps(steps)
+    inputs.check_number("step_size", step_size, low=0, strict=True)
+    inputs.check_number("gamma", gamma, low=0, strict=True)
+    _check_loop(loop)
+    bounds = inputs.check_bounds(bounds)
+    return FMN(step_size=step_size, gamma=gamma, norm=norm, steps=steps, bounds=bounds, loop=loop)

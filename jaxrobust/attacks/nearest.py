@@ -1,0 +1,260 @@
+"""What minimum-norm attacks share: checks, what counts as success, and the nearest one found.
+
+They are called as `attack(logits_fn, x, labels, key=None, mask=None, args=(), targets=None)` and
+return, per example, the adversarial closest to x that they met; x itself, bit for bit, where they
+met none or where nothing had to be done.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from jaxrobust import balls, losses
+from jaxrobust.attacks import inputs
+from jaxrobust.losses._checks import check_labels
+
+LogitsFn = Callable[..., Array]
+
+# A margin below this share of the largest logit is rounding: another compilation of the same
+# network may see it on the other side of the boundary.
+SLACK = 1e-6
+# If the last look at a result disagrees, it is pushed outwards by these shares of itself. A result
+# that was judged by its class alone lies on the boundary, and is pushed first.
+PUSHES = (0.0, 1e-4, 1e-3, 1e-2)
+HARD_PUSHES = (1e-4, 0.0, 1e-3, 1e-2)
+_TINY = 1e-30
+
+
+class Frame(NamedTuple):
+    """One batch to attack.
+
+    Attributes:
+        x: [b, ...] images, at least float32.
+        low: [b, ...] how far down each pixel may go; x itself where it is masked.
+        high: [b, ...] how far up, likewise.
+        classes: [b] the labels, or the targets of a targeted attack.
+    """
+
+    x: Array
+    low: Array
+    high: Array
+    classes: Array
+
+
+class Best(NamedTuple):
+    """The nearest success so far: [b, ...] images and their [b] norms, inf where there is none.
+
+    A norm of 0 says that x itself is what the attack wants.
+    """
+
+    x_adv: Array
+    norm: Array
+
+
+def checked(
+    logits_fn: LogitsFn,
+    x: ArrayLike,
+    labels: ArrayLike,
+    mask: ArrayLike | None,
+    args: tuple,
+    targets: ArrayLike | None,
+    bounds: tuple[float, float],
+) -> tuple[Array, Array, ArrayLike | None, tuple, bool]:
+    """The arguments of a call, checked before anything is compiled.
+
+    Returns:
+        x, classes (the targets if there are some, else the labels), mask, args, and whether the
+        attack is targeted.
+
+    Raises:
+        TypeError, ValueError: names the argument, its value and what was expected.
+    """
+    x, mask, args = inputs.constant((x, mask, args))
+    x = inputs.check_images(x, bounds)
+    if mask is not None:
+        balls.broadcast_radius(mask, x, "mask")
+    classes = jax.eval_shape(logits_fn, x, *args).shape[-1]
+    if classes < 2:
+        raise ValueError(f"logits_fn must return logits of at least 2 classes, got {classes}")
+    labels = inputs.check_labels(labels, x.shape[0], classes)
+    if targets is None:
+        return x, labels, mask, args, False
+    targets = jnp.asarray(targets)
+    check_labels(targets, x.shape[0], classes=classes, name="targets")
+    if not any(isinstance(v, jax.core.Tracer) for v in (labels, targets)):
+        same = np.flatnonzero(np.asarray(labels) == np.asarray(targets))
+        if same.size:
+            raise ValueError(
+                f"targets must differ from labels, got class {int(targets[same[0]])} as both in "
+                f"row {same[0]}"
+            )
+    return x, targets, mask, args, True
+
+
+def frame(x: Array, classes: Array, mask: ArrayLike | None, bounds: tuple[float, float]) -> Frame:
+    """The box of each pixel; a masked pixel's holds nothing but itself."""
+    base = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    low, high = jnp.minimum(base, bounds[0]), jnp.maximum(base, bounds[1])
+    if mask is not None:
+        free = balls.broadcast_radius(mask, base, "mask") > 0
+        low, high = jnp.where(free, low, base), jnp.where(free, high, base)
+    return Frame(base, low, high, classes)
+
+
+def nothing_yet(frame: Frame) -> Best:
+    """No success so far."""
+    # A copy, for the loop gives its buffer away.
+    return Best(jnp.copy(frame.x), jnp.full(frame.x.shape[0], jnp.inf, frame.x.dtype))
+
+
+def widths(bounds: tuple[float, float]) -> float:
+    """The box's width, the unit of step sizes; 1 where there is no box."""
+    width = bounds[1] - bounds[0]
+    return width if np.isfinite(width) else 1.0
+
+
+def finite(bounds: tuple[float, float] | None) -> tuple[float, float]:
+    """Bounds that an attack needs as numbers."""
+    bounds = inputs.check_bounds(bounds)
+    if not np.isfinite(bounds).all():
+        raise ValueError(f"bounds must be finite for this attack, got {bounds}")
+    return bounds
+
+
+def rows(values: Array, like: Array) -> Array:
+    """[b] shaped to broadcast against a batch."""
+    return values.reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def total(x: Array) -> Array:
+    """[b] sums over everything but the batch."""
+    return x.sum(tuple(range(1, x.ndim)))
+
+
+def norms(delta: Float[Array, "b ..."], norm: str) -> Float[Array, " b"]:
+    """`balls.norms`, and "l0": how many numbers of the image were changed."""
+    if norm == "l0":
+        return total((delta != 0).astype(delta.dtype))
+    return balls.norms(delta, norm)
+
+
+def unit(grad: Array) -> Array:
+    """Each example's direction of l2 length 1; zero where it is zero."""
+    # Divided by the largest entry first: squares of gradients of 1e-20 would underflow.
+    size = jnp.abs(grad).max(tuple(range(1, grad.ndim)), keepdims=True)
+    grad = grad / jnp.where(size > 0, size, 1)
+    return grad / rows(jnp.sqrt(jnp.maximum(total(grad * grad), _TINY)), grad)
+
+
+def margin(
+    logits: Float[Array, "b k"], classes: Integer[Array, " b"], targeted: bool
+) -> Float[Array, " b"]:
+    """By how much the attack has succeeded, in the unit of the logits: > 0 means success."""
+    value = losses.margin(logits, classes)
+    return -value if targeted else value
+
+
+def succeeded(
+    logits: Float[Array, "b k"],
+    classes: Integer[Array, " b"],
+    targeted: bool,
+    moved: Bool[Array, " b"],
+) -> Bool[Array, " b"]:
+    """Whether images are what the attack wants, beyond doubt where they were moved.
+
+    Args:
+        logits: [b, k].
+        classes: [b] labels or targets.
+        targeted: which of the two.
+        moved: [b] False for the image itself, of which the prediction alone is asked.
+    """
+    hit = (logits.argmax(1) == classes) == targeted
+    sure = margin(logits, classes, targeted) > SLACK * jnp.abs(logits).max(1)
+    return jnp.where(moved, sure, hit)
+
+
+def nearer(best: Best, x_adv: Array, norm: Array, success: Array) -> Best:
+    """The nearer of two, if the new one is a success."""
+    better = success & (norm < best.norm)
+    return Best(
+        jnp.where(rows(better, x_adv), x_adv, best.x_adv), jnp.where(better, norm, best.norm)
+    )
+
+
+def look(
+    frame: Frame, best: Best, x_adv: Array, logits: Array, targeted: bool, norm: str
+) -> tuple[Best, Array, Array]:
+    """The best so far with a point just classified, whether that succeeded, and its norm."""
+    size = norms(x_adv - frame.x, norm)
+    success = succeeded(logits, frame.classes, targeted, size > 0)
+    return nearer(best, x_adv, size, success), success, size
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def finish(
+    static: tuple[LogitsFn, bool, str, tuple[float, ...]],
+    x: Array,
+    frame: Frame,
+    args: tuple,
+    best: Best,
+    last: Array | None = None,
+) -> Array:
+    """The answer in x's own precision, looked at once more.
+
+    Args:
+        static: (logits_fn, targeted, norm, pushes); `pushes` are the shares of itself by which a
+            result is moved outwards, tried in turn until it holds.
+        x: the images as they came.
+        frame: the batch.
+        args: what `logits_fn` takes besides x.
+        best: the nearest success of the loop.
+        last: [b, ...] where the loop ended, if that point was not looked at yet.
+
+    Returns:
+        x_adv, of x's shape and type; x itself where nothing was found or needed.
+    """
+    logits_fn, targeted, norm, pushes = static
+
+    def holds(x_adv, moved):
+        logits = logits_fn(x_adv.astype(x.dtype), *args)
+        if pushes == HARD_PUSHES:
+            return (logits.argmax(1) == frame.classes) == targeted
+        return succeeded(logits, frame.classes, targeted, moved)
+
+    if last is not None:
+        size = norms(last - frame.x, norm)
+        best = nearer(best, last, size, holds(last, size > 0))
+    wanted = (best.norm > 0) & jnp.isfinite(best.norm)
+    least = max(1.0, float(jnp.finfo(x.dtype).eps) / 1e-4)  # one ulp of half precision is more
+
+    def push(share, x_adv, good):
+        moved = frame.x + (best.x_adv - frame.x) * (1 + least * share)
+        moved = jnp.where(share > 0, jnp.clip(moved, frame.low, frame.high), best.x_adv)
+        x_adv = jnp.where(rows(good, x), x_adv, moved)
+        return x_adv, good | holds(x_adv, wanted)
+
+    keep = lambda share, *state: state  # noqa: E731
+    x_adv, good = best.x_adv, ~wanted
+    for share in pushes:
+        x_adv, good = jax.lax.cond(good.all(), keep, push, share, x_adv, good)
+    x_adv = jnp.where(rows(good & wanted, x), x_adv.astype(x.dtype), x)
+    return jax.lax.stop_gradient(jnp.where(x_adv == x, x, x_adv))
+
+
+def gradient(
+    loss_of_logits: Callable[[Array], Array], logits_fn: LogitsFn, x: Array, args: tuple
+) -> tuple[Array, Any]:
+    """D loss_i / d x_i and the logits, from one forward pass."""
+
+    def summed(x):
+        logits = logits_fn(x, *args)
+        return loss_of_logits(logits).sum(), logits
+
+    (_, logits), grad = jax.value_and_grad(summed, has_aux=True)(x)
+    return grad, logits
