@@ -233,16 +233,16 @@ def finish(
     wanted = (best.norm > 0) & jnp.isfinite(best.norm)
     least = max(1.0, float(jnp.finfo(x.dtype).eps) / 1e-4)  # one ulp of half precision is more
 
-    def push(share, x_adv, good):
-        moved = frame.x + (best.x_adv - frame.x) * (1 + least * share)
+    def push(state):
+        i, x_adv, good = state
+        share = least * jnp.asarray(pushes, frame.x.dtype)[i]
+        moved = frame.x + (best.x_adv - frame.x) * (1 + share)
         moved = jnp.where(share > 0, jnp.clip(moved, frame.low, frame.high), best.x_adv)
         x_adv = jnp.where(rows(good, x), x_adv, moved)
-        return x_adv, good | holds(x_adv, wanted)
+        return i + 1, x_adv, good | holds(x_adv, wanted)
 
-    keep = lambda share, *state: state  # noqa: E731
-    x_adv, good = best.x_adv, ~wanted
-    for share in pushes:
-        x_adv, good = jax.lax.cond(good.all(), keep, push, share, x_adv, good)
+    more = lambda state: (state[0] < len(pushes)) & ~state[2].all()  # noqa: E731
+    _, x_adv, good = jax.lax.while_loop(more, push, (0, best.x_adv, ~wanted))
     x_adv = jnp.where(rows(good & wanted, x), x_adv.astype(x.dtype), x)
     return jax.lax.stop_gradient(jnp.where(x_adv == x, x, x_adv))
 
