@@ -1,8 +1,12 @@
 """Attacks as values: pure functions of a loss, a batch and a key."""
 
 from jaxrobust.attacks.apgd import APGD, ClassifierAPGD, apgd, apgd_ce, apgd_dlr, apgd_t
+from jaxrobust.attacks.carlini_wagner import CWL2, cw_l2
+from jaxrobust.attacks.deepfool import DeepFool, deepfool
 from jaxrobust.attacks.fab import FAB, fab, fab_t
+from jaxrobust.attacks.hop_skip_jump import HopSkipJump, hop_skip_jump
 from jaxrobust.attacks.inputs import example_keys
+from jaxrobust.attacks.minimal import DDN, FMN, ddn, fmn
 from jaxrobust.attacks.pgd import (
     NFGSM,
     PGD,
@@ -19,19 +23,29 @@ from jaxrobust.attacks.wrap import multi_targeted, restarts, targeted, worst_of
 
 __all__ = [
     "APGD",
+    "CWL2",
+    "DDN",
     "FAB",
+    "FMN",
     "NFGSM",
     "PGD",
     "ClassifierAPGD",
+    "DeepFool",
+    "HopSkipJump",
     "Square",
     "apgd",
     "apgd_ce",
     "apgd_dlr",
     "apgd_t",
+    "cw_l2",
+    "ddn",
+    "deepfool",
     "example_keys",
     "fab",
     "fab_t",
     "fgsm",
+    "fmn",
+    "hop_skip_jump",
     "input_gradient",
     "l1_pgd",
     "l2_pgd",
