@@ -25,7 +25,7 @@ def logits_fn(x, weights):
 
 
 def predicted(x, weights=WEIGHTS):
-    return np.asarray(logits_fn(x, weights).argmax(1))
+    return np.array(logits_fn(x, weights).argmax(1))
 
 
 @pytest.mark.parametrize("norm", ATTACKS)

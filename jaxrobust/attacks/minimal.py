@@ -19,7 +19,7 @@ NORMS = ("linf", "l2", "l1", "l0")
 _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 # The logits' range in which softmax neither saturates nor goes flat. DDN scales others into it, so
 # that its cross entropy has the same gradient directions at any temperature.
-_SPREAD = (5.0, 30.0)
+_SPREAD = (10.0, 20.0)
 # Halvings after which a float32 threshold does not move any more.
 _HALVINGS = 31
 # On a linear piece the estimated distance ends exactly on the boundary: go beyond by this share.
@@ -34,7 +34,7 @@ class DDN:
     delta <- eps * unit(delta + a_i unit(grad CE)),  eps <- (1 -+ gamma) eps after a success or not
 
     The step a_i falls from 1 to 0.01 of the box's width along half a cosine. The direction is
-    that of the cross entropy's gradient at logits whose range is scaled into [5, 30] where it lies
+    that of the cross entropy's gradient at logits whose range is scaled into [10, 20] where it lies
     outside: there softmax would be flat or saturated.
 
     Attributes:
