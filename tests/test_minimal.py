@@ -227,6 +227,17 @@ def test_jit_and_new_numbers_cost_no_new_trace_and_change_nothing():
     np.testing.assert_allclose(jitted(X, labels), plain, atol=1e-5)
 
 
+def test_attacks_trace_inside_shard_map():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, keys = jax.sharding.PartitionSpec("data"), attacks.example_keys(KEY, BATCH)
+    hop = {norm: attacks.hop_skip_jump(norm, 2, evaluations=20) for norm in ("linf", "l2")}
+    for attack in [*ATTACKS.values(), *hop.values()]:
+        part = lambda x, labels, keys: attack(logits_fn, x, labels, keys, args=(WEIGHTS,))  # noqa: B023, E731
+        sharded = jax.shard_map(part, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+        traced = jax.jit(sharded).trace(X, jnp.zeros(BATCH, int), keys)  # types are checked here
+        assert traced.out_info.shape == X.shape
+
+
 def test_attacks_are_values():
     for attack in ATTACKS.values():
         assert dataclasses.replace(attack) == attack

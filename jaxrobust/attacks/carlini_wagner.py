@@ -93,7 +93,7 @@ def _begin(static, attack, x, classes, mask, args):
     slope = balls.norms(jnp.where(frame.high > frame.low, grad, 0), "l2")
     slope = jnp.where(slope > 0, slope, 1)
     c = attack.trade_off * 2 * jnp.maximum(jnp.abs(margin_of(logits)), _TINY) / slope / slope
-    search = (c, jnp.zeros_like(c), jnp.full_like(c, jnp.inf), jnp.zeros(c.shape, bool))
+    search = (c, jnp.zeros_like(c), jnp.full_like(c, jnp.inf), jnp.zeros_like(c, bool))
     shift, mean, square = (jnp.zeros_like(start) for _ in range(3))
     shared = (frame, start, attack.step_size, attack.confidence, args)
     return (shift, mean, square, search, best), shared

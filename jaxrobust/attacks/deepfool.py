@@ -89,7 +89,7 @@ def _begin(static, attack, x, classes, mask, args):
     hot = functools.partial(jax.nn.one_hot, num_classes=logits.shape[1], dtype=logits.dtype)
     sign = -1 if targeted else 1
     differences = sign * jnp.moveaxis(hot(others) - hot(classes)[:, None], 1, 0)
-    carry = (jnp.copy(frame.x), jnp.zeros(x.shape[0], bool), nearest.nothing_yet(frame))
+    carry = (jnp.copy(frame.x), nearest.per_example(frame, False), nearest.nothing_yet(frame))
     return carry, (frame, differences, attack.overshoot, args)
 
 

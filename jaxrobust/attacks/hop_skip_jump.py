@@ -107,9 +107,8 @@ def _begin(static, x, classes, mask, keys, starts, args):
     is_adv = _oracle(static, frame, args)
     start_keys, keys = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys)
     done = is_adv(frame.x)
-    best = nearest.nearer(
-        nearest.nothing_yet(frame), frame.x, jnp.zeros(x.shape[0], frame.x.dtype), done
-    )
+    zero = nearest.per_example(frame, 0.0)
+    best = nearest.nearer(nearest.nothing_yet(frame), frame.x, zero, done)
     if starts is None:
         start, found = _draw(is_adv, frame, start_keys, attack.bounds, done)
         start = _first_blend(is_adv, frame, start, found)
@@ -157,7 +156,7 @@ def _first_blend(is_adv, frame, start, found):
         return i + 1, jnp.where(hit, i / _BLENDS, share), open_ & ~hit
 
     more = lambda state: (state[0] < _BLENDS) & state[2].any()  # noqa: E731
-    share = jnp.ones(found.shape, frame.x.dtype)
+    share = nearest.per_example(frame, 1.0)
     _, share, _ = jax.lax.while_loop(more, look, (1, share, found))
     return _blend(frame, start, share)
 
@@ -174,7 +173,7 @@ def _to_boundary(attack, is_adv, frame, point):
     theta = attack.gamma / (d**1.5 if attack.norm == "l2" else d**2)
     if attack.norm == "l2":
         at = functools.partial(_blend, frame, point)
-        high = jnp.ones(point.shape[0], point.dtype)
+        high = nearest.per_example(frame, 1.0)
     else:
         high = nearest.norms(point - frame.x, "linf")
 
@@ -241,7 +240,7 @@ def _normal(attack, is_adv, frame, point, radius, keys, i):
     chunks = jnp.maximum(jnp.round(most / chunk), 1).astype(int)
     zero = jnp.zeros_like(point)
     votes, voted, steps = jax.lax.fori_loop(
-        0, chunks, look, (jnp.zeros(point.shape[0], point.dtype), zero, zero)
+        0, chunks, look, (nearest.per_example(frame, 0.0), zero, zero)
     )
     count = (chunks * chunk).astype(point.dtype)
     mean = nearest.rows(votes / count, point)

@@ -107,7 +107,7 @@ def _begin_ddn(attack, x, classes, mask):
     """The loop's carry (point, eps, best), the batch, and the largest norm that there can be."""
     frame = nearest.frame(x, classes, mask, attack.bounds)
     first = jnp.asarray(attack.init_norm * nearest.widths(attack.bounds), frame.x.dtype)
-    eps = jnp.broadcast_to(first, x.shape[:1])
+    eps = nearest.per_example(frame, 1.0) * first
     return (jnp.copy(frame.x), eps, nearest.nothing_yet(frame)), frame, _worst(frame, "l2")
 
 
@@ -213,7 +213,7 @@ class FMN:
 @jax.jit
 def _begin_fmn(attack, x, classes, mask):
     frame = nearest.frame(x, classes, mask, attack.bounds)
-    eps = jnp.full(x.shape[:1], 1.0 if attack.norm == "l0" else jnp.inf, frame.x.dtype)
+    eps = nearest.per_example(frame, 1.0 if attack.norm == "l0" else jnp.inf)
     worst = _worst(frame, attack.norm)
     return (jnp.copy(frame.x), eps, nearest.nothing_yet(frame)), frame, worst
 
@@ -290,7 +290,7 @@ def _largest(delta, eps):
         enough = nearest.rows(nearest.total((size >= middle).astype(eps.dtype)), delta) >= eps
         return jnp.where(enough, middle, many), jnp.where(enough, few, middle)
 
-    ends = (jnp.zeros(eps.shape, jnp.int32), jnp.full(eps.shape, 0x7F800000, jnp.int32))
+    ends = tuple(jnp.full_like(eps, value, jnp.int32) for value in (0, 0x7F800000))
     return jnp.where(size >= jax.lax.fori_loop(0, _HALVINGS, halve, ends)[0], delta, 0)
 
 

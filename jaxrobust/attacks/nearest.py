@@ -107,10 +107,15 @@ def frame(x: Array, classes: Array, mask: ArrayLike | None, bounds: tuple[float,
     return Frame(base, low, high, classes)
 
 
+def per_example(frame: Frame, value: float | bool) -> Array:
+    """[b] equal values, spread over the devices as the images are."""
+    return jnp.full_like(total(frame.x), value, bool if isinstance(value, bool) else None)
+
+
 def nothing_yet(frame: Frame) -> Best:
     """No success so far."""
     # A copy, for the loop gives its buffer away.
-    return Best(jnp.copy(frame.x), jnp.full(frame.x.shape[0], jnp.inf, frame.x.dtype))
+    return Best(jnp.copy(frame.x), per_example(frame, jnp.inf))
 
 
 def widths(bounds: tuple[float, float]) -> float:
