@@ -79,7 +79,7 @@ def test_starts_of_ones_own_and_targets():
 
 def test_batches_of_none_and_no_boundary_at_all():
     attack = ATTACKS["l2"]
-    assert attack(logits_fn, X[:0], predicted(X[:0]), KEY, args=(WEIGHTS,)).shape == (0, *IMAGE)
+    assert attack(logits_fn, X[:0], np.zeros(0, int), KEY, args=(WEIGHTS,)).shape == (0, *IMAGE)
     constant = lambda x, weights: jnp.ones((len(x), 1)) * jnp.array([1.0, 0]) + 0 * x.sum()  # noqa: E731
     x_adv = attack(constant, X, np.zeros(BATCH, int), KEY, args=(WEIGHTS,))
     assert x_adv.tobytes() == X.tobytes()
@@ -95,7 +95,7 @@ WRONG = {
     "norm must be one of .*got 'l1'": lambda: hop_skip_jump("l1"),
     "steps must be a whole number >= 1, got 0": lambda: hop_skip_jump(steps=0),
     "evaluations must be >= 1, got 0": lambda: hop_skip_jump(evaluations=0),
-    "gamma must be > 0, got 0": lambda: hop_skip_jump(gamma=0),
+    "gamma must be > 0, got 0": lambda: hop_skip_jump(gamma=0.0),
     "bounds must be finite": lambda: hop_skip_jump(bounds=None),
     "starts must have x's shape": lambda: ATTACKS["l2"](
         logits_fn, X, predicted(X), KEY, args=(WEIGHTS,), starts=X[:2]

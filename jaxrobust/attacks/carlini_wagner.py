@@ -149,7 +149,7 @@ def cw_l2(
     step_size: Number = 0.01,
     confidence: Number = 0.0,
     trade_off: Number = 1.0,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: tuple[float, float] | None = (0.0, 1.0),
     loop: str = "auto",
 ) -> CWL2:
     """Carlini and Wagner's l2 attack; arguments as the attributes of `CWL2`.

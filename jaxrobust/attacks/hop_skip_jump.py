@@ -271,7 +271,7 @@ def hop_skip_jump(
     max_evaluations: int = 10_000,
     chunk: int = 20,
     gamma: float = 1.0,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> HopSkipJump:
     """HopSkipJump in l2 or linf; arguments as the attributes of `HopSkipJump`.
 

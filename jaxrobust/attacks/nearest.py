@@ -79,7 +79,9 @@ def checked(
     x = inputs.check_images(x, bounds)
     if mask is not None:
         balls.broadcast_radius(mask, x, "mask")
-    classes = jax.eval_shape(logits_fn, x, *args).shape[-1]
+    # Of an empty batch, a model that flattens by reshape(b, -1) cannot say it.
+    one = jax.ShapeDtypeStruct((max(x.shape[0], 1), *x.shape[1:]), x.dtype)
+    classes = jax.eval_shape(logits_fn, one if not x.shape[0] else x, *args).shape[-1]
     if classes < 2:
         raise ValueError(f"logits_fn must return logits of at least 2 classes, got {classes}")
     labels = inputs.check_labels(labels, x.shape[0], classes)
