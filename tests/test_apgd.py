@@ -155,11 +155,9 @@ def test_it_beats_pgd_at_equal_gradients():
 def test_two_and_three_classes_have_a_loss_of_their_own():
     logits = jax.random.normal(KEY, (6, 3))
     labels, targets = jnp.asarray([0, 1, 2, 0, 1, 2]), jnp.asarray([1, 2, 0, 2, 0, 1])
-    from jaxrobust.attacks.apgd import loss_for
-
-    two = loss_for("targeted_dlr", 2)(logits[:, :2], labels % 2, 1 - labels % 2)
+    two = classifier.loss_for("targeted_dlr", 2)(logits[:, :2], labels % 2, 1 - labels % 2)
     np.testing.assert_allclose(two, losses.margin(logits[:, :2], labels % 2))
-    three = loss_for("targeted_dlr", 3)(logits, labels, targets)
+    three = classifier.loss_for("targeted_dlr", 3)(logits, labels, targets)
     rows = jnp.arange(6)
     expected = (logits[rows, targets] - logits[rows, labels]) / (logits.max(1) - logits.min(1))
     np.testing.assert_allclose(three, expected, rtol=1e-6)
@@ -213,3 +211,10 @@ def test_a_random_classifier_is_attacked_through_the_mean_of_its_draws():
 
     assert np.isfinite(exact).all()
     assert agreement(many) > agreement(few)
+
+
+def test_an_empty_batch_comes_back_and_so_does_a_misclassified_one():
+    for attack in (attacks.apgd_t("linf", 0.1), attacks.fab("l2"), attacks.square("linf", 0.1)):
+        assert attack(logits_fn, X[:0], LABELS[:0], KEY).shape == (0, 5, 4, 2)
+        wrong = (LABELS[:3] + 1) % 5
+        np.testing.assert_array_equal(attack(logits_fn, X[:3], wrong, KEY), X[:3])

@@ -13,12 +13,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxrobust import balls, losses
+from jaxrobust import balls
 from jaxrobust.attacks import apgd_step, classifier, inputs, loop, scheduler
 from jaxrobust.attacks.pgd import LossFn, Number, _check_loop, _finish, _value
-from jaxrobust.losses.classification import DLR_EPSILON
-
-LOSSES = ("ce", "dlr", "targeted_dlr")
 
 
 @_value(data=("eps", "rho"), meta=("steps", "norm", "large_radii", "bounds", "loop"))
@@ -167,7 +164,7 @@ class ClassifierAPGD:
             rho=float(inner.rho),
             bounds=inner.bounds,
             loop=inner.loop,
-            loss=loss_for(self.loss, classes),
+            loss=classifier.loss_for(self.loss, classes),
             targets=targets,
             rounds=targets * self.restarts,
             draws=self.draws,
@@ -219,39 +216,6 @@ class Search:
     def outcome(self, state, rows):
         """The first misclassified iterate: which one does not matter to the flags."""
         return state.fooled, _finish(rows.x, state.found, rows.eps, self.bounds)
-
-
-def loss_for(name: str | Callable, classes: int) -> Callable:
-    """The loss (logits, labels, targets) -> [b] by its name, as far as the classes allow.
-
-    DLR needs three classes and targeted DLR four. With fewer, the margin is divided by what there
-    is, or not at all: of two classes the margin alone orders all points as DLR would.
-    """
-    if callable(name):
-        return name
-    if name == "ce":
-        return _cross_entropy
-    if name == "dlr":
-        return _dlr if classes >= 3 else _margin
-    return {2: _margin, 3: _three_class_dlr}.get(classes, losses.targeted_dlr)
-
-
-def _cross_entropy(logits, labels, targets):
-    return losses.cross_entropy(logits, labels)
-
-
-def _dlr(logits, labels, targets):
-    return losses.dlr(logits, labels)
-
-
-def _margin(logits, labels, targets):
-    return losses.margin(logits, labels)
-
-
-def _three_class_dlr(logits, labels, targets):
-    pick = lambda classes: jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]  # noqa: E731
-    gap = logits.max(1) - logits.min(1)
-    return (pick(targets) - pick(labels)) / (gap + DLR_EPSILON)
 
 
 def apgd(

@@ -15,10 +15,44 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxrobust import balls
+from jaxrobust import balls, losses
 from jaxrobust.attacks import inputs, scheduler
+from jaxrobust.losses.classification import DLR_EPSILON
 
 LogitsFn = Callable[..., Array]
+
+
+def loss_for(name: str | Callable, classes: int) -> Callable:
+    """The loss (logits, labels, targets) -> [b] by its name, as far as the classes allow.
+
+    DLR needs three classes and targeted DLR four. With fewer, the margin is divided by what there
+    is, or not at all: of two classes the margin alone orders all points as DLR would.
+    """
+    if callable(name):
+        return name
+    if name == "ce":
+        return _cross_entropy
+    if name == "dlr":
+        return _dlr if classes >= 3 else _margin
+    return {2: _margin, 3: _three_class_dlr}.get(classes, losses.targeted_dlr)
+
+
+def _cross_entropy(logits, labels, targets):
+    return losses.cross_entropy(logits, labels)
+
+
+def _dlr(logits, labels, targets):
+    return losses.dlr(logits, labels)
+
+
+def _margin(logits, labels, targets):
+    return losses.margin(logits, labels)
+
+
+def _three_class_dlr(logits, labels, targets):
+    pick = lambda classes: jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]  # noqa: E731
+    gap = logits.max(1) - logits.min(1)
+    return (pick(targets) - pick(labels)) / (gap + DLR_EPSILON)
 
 
 def evaluate(
@@ -32,21 +66,21 @@ def evaluate(
 
     def total(x, *keys):
         logits = logits_fn(x, *keys, *args)
-        losses = loss(logits, rows.labels, rows.targets)
-        return losses.sum(), (losses, logits.argmax(1) != rows.labels)
+        values = loss(logits, rows.labels, rows.targets)
+        return values.sum(), (values, logits.argmax(1) != rows.labels)
 
     gradient = jax.grad(total, has_aux=True)
     if not draws:
-        grad, (losses, wrong) = gradient(x)
-        return losses, wrong, grad
+        grad, (values, wrong) = gradient(x)
+        return values, wrong, grad
 
     def add(i, sums):
-        grad, (losses, wrong) = gradient(x, draw_keys(rows.keys, i))
-        return jax.tree.map(jnp.add, sums, (losses, wrong.astype(x.dtype), grad))
+        grad, (values, wrong) = gradient(x, draw_keys(rows.keys, i))
+        return jax.tree.map(jnp.add, sums, (values, wrong.astype(x.dtype), grad))
 
     none = jnp.zeros(x.shape[0], x.dtype)
-    losses, wrong, grad = jax.lax.fori_loop(0, draws, add, (none, none, jnp.zeros_like(x)))
-    return losses / draws, wrong > draws / 2, grad / draws
+    values, wrong, grad = jax.lax.fori_loop(0, draws, add, (none, none, jnp.zeros_like(x)))
+    return values / draws, wrong > draws / 2, grad / draws
 
 
 def draw_keys(keys: Array, number: Array | int) -> Array:
@@ -92,9 +126,11 @@ def class_count(logits_fn: LogitsFn, x: Array | jax.ShapeDtypeStruct, args: tupl
     Raises:
         ValueError: fewer than 2, or logits that are not [b, classes].
     """
-    shape = jax.eval_shape(logits_fn, x, *args).shape
-    if len(shape) != 2 or shape[0] != x.shape[0]:
-        raise ValueError(f"logits_fn must return [{x.shape[0]}, classes], got shape {shape}")
+    # Of an empty batch, a model that flattens by reshape(b, -1) cannot say it.
+    one = jax.ShapeDtypeStruct((max(x.shape[0], 1), *x.shape[1:]), x.dtype)
+    shape = jax.eval_shape(logits_fn, one, *args).shape
+    if len(shape) != 2 or shape[0] != one.shape[0]:
+        raise ValueError(f"logits_fn must return [{one.shape[0]}, classes], got shape {shape}")
     if shape[1] < 2:
         raise ValueError(f"logits_fn must return logits of at least 2 classes, got {shape[1]}")
     return shape[1]
@@ -115,6 +151,8 @@ def break_batch(
     x = inputs.check_images(x, attack.bounds)
     keys = inputs.example_keys(key, x.shape[0])
     draws = attack.draws
+    if draws and not x.shape[0]:
+        return x
     classes = class_count(logits_fn, x, (keys, *args) if draws else args)
     labels = inputs.check_labels(labels, x.shape[0], classes)
     if not x.shape[0]:

@@ -117,7 +117,7 @@ def run(
     slots: int = 128,
     mesh: Mesh | None = None,
     go_on: bool = True,
-) -> None:
+) -> int:
     """Runs every job (example, round), and then the later rounds of examples that hold.
 
     Args:
@@ -130,18 +130,24 @@ def run(
         slots: examples at a time; a multiple of the devices.
         mesh: devices that the slots are spread over.
         go_on: follow a round that ends without success by the example's next one.
+
+    Returns:
+        How many iterations of one example were computed, idle slots included.
     """
     waiting = collections.deque(jobs)
     pool = _Pool(search, logits_fn, problem, args, mesh, _fitting(slots, len(waiting), mesh))
+    computed = 0
     while waiting or pool.busy:
         pool.fill(waiting)
         small = _fitting(slots, pool.busy, mesh)
         if not waiting and small < pool.slots:
             pool.shrink(small)
+        computed += pool.slots * search.chunk
         for example, number, x_adv in pool.turn():
             on_done(example, number, x_adv is not None, x_adv)
             if go_on and x_adv is None and number + 1 < search.rounds:
                 waiting.append((example, number + 1))
+    return computed
 
 
 def _fitting(slots, needed, mesh):

@@ -42,6 +42,8 @@ class AutoAttackResult(NamedTuple):
             if it holds.
         accuracy: by stage, "clean" first: the share that still holds after it.
         seconds: by attack, compilation included.
+        iterations: by attack: how often an image was evaluated, idle slots included; after an
+            interruption, since then.
         notes: what a reader of the figure must know.
     """
 
@@ -50,6 +52,7 @@ class AutoAttackResult(NamedTuple):
     broken_by: np.ndarray
     accuracy: dict[str, float]
     seconds: dict[str, float]
+    iterations: dict[str, int]
     notes: tuple[str, ...]
 
 
@@ -186,14 +189,17 @@ def auto_attack(
                 bar.update(broken or number + 1 == rounds)
                 bar.set_postfix_str(f"{ledger.robust.mean():.1%} hold", refresh=False)
 
-            scheduler.run(search, logits_fn, problem, jobs, done, args=args, slots=slots, mesh=mesh)
-        ledger.end(name)
+            computed = scheduler.run(
+                search, logits_fn, problem, jobs, done, args=args, slots=slots, mesh=mesh
+            )
+        ledger.end(name, computed)
     return AutoAttackResult(
         x_adv=ledger.x_adv,
         robust=ledger.robust,
         broken_by=np.asarray(ledger.names)[ledger.broken_by],
         accuracy=ledger.accuracy,
         seconds=ledger.seconds,
+        iterations=ledger.iterations,
         notes=tuple(_notes(chosen, classes)),
     )
 

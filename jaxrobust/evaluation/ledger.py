@@ -25,6 +25,7 @@ class Ledger:
         broken_by: [n] numbers into `names`.
         names: "" (holds), "clean", and the attacks.
         seconds: by attack.
+        iterations: by attack: how often one example was computed, idle slots included.
         accuracy: by attack, after it; "clean" before.
     """
 
@@ -53,6 +54,7 @@ class Ledger:
         self.finished: list[str] = []
         self.current: str | None = None
         self.seconds: dict[str, float] = {}
+        self.iterations: dict[str, int] = {}
         self.accuracy = {CLEAN: _mean(correct)}
         if self.path is not None and self.path.exists():
             self._load()
@@ -86,8 +88,9 @@ class Ledger:
         if waited > max(self.save_every, self._cost / _WRITING):
             self.save()
 
-    def end(self, name: str) -> None:
-        """Notes that an attack has seen all."""
+    def end(self, name: str, iterations: int) -> None:
+        """Notes that an attack has seen all, and what it computed since the last interruption."""
+        self.iterations[name] = iterations
         self.seconds[name] = time.monotonic() - self._begun
         self.accuracy[name] = _mean(self.robust)
         self.finished.append(name)
@@ -107,6 +110,7 @@ class Ledger:
             "finished": self.finished,
             "current": self.current,
             "seconds": self.seconds,
+            "iterations": self.iterations,
             "accuracy": self.accuracy,
         }
         content = io.BytesIO()
@@ -142,6 +146,7 @@ class Ledger:
         self.x_adv[found["broken"]] = found["x_adv"]
         self.finished, self.current = words["finished"], words["current"]
         self.seconds, self.accuracy = words["seconds"], words["accuracy"]
+        self.iterations = words["iterations"]
 
 
 def _mean(flags: Any) -> float:
