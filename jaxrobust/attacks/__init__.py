@@ -1,5 +1,6 @@
 """Attacks as values: pure functions of a loss, a batch and a key."""
 
+from jaxrobust.attacks.adaptive import bpda, eot, feature_match, latent_distance, transfer
 from jaxrobust.attacks.apgd import APGD, ClassifierAPGD, apgd, apgd_ce, apgd_dlr, apgd_t
 from jaxrobust.attacks.carlini_wagner import CWL2, cw_l2
 from jaxrobust.attacks.deepfool import DeepFool, deepfool
@@ -37,18 +38,22 @@ __all__ = [
     "apgd_ce",
     "apgd_dlr",
     "apgd_t",
+    "bpda",
     "cw_l2",
     "ddn",
     "deepfool",
+    "eot",
     "example_keys",
     "fab",
     "fab_t",
+    "feature_match",
     "fgsm",
     "fmn",
     "hop_skip_jump",
     "input_gradient",
     "l1_pgd",
     "l2_pgd",
+    "latent_distance",
     "linf_pgd",
     "multi_targeted",
     "n_fgsm",
@@ -56,5 +61,6 @@ __all__ = [
     "restarts",
     "square",
     "targeted",
+    "transfer",
     "worst_of",
 ]
