@@ -44,7 +44,7 @@ from jaxrobust.attacks import (
     targeted,
     worst_of,
 )
-from jaxrobust.evaluation import auto_attack
+from jaxrobust.evaluation import auto_attack, evaluate
 from jaxrobust.smoothing import certify
 
 __version__ = "0.1.0"
@@ -63,6 +63,7 @@ __all__ = [
     "data",
     "ddn",
     "deepfool",
+    "evaluate",
     "evaluation",
     "fab",
     "fab_t",

@@ -2,5 +2,19 @@
 
 from jaxrobust.evaluation.accuracy import accuracy_curve, correct
 from jaxrobust.evaluation.auto_attack import AutoAttackResult, auto_attack, suite
+from jaxrobust.evaluation.checks import Check
+from jaxrobust.evaluation.masking import report_card
+from jaxrobust.evaluation.report import Report, ThreatReport, evaluate
 
-__all__ = ["AutoAttackResult", "accuracy_curve", "auto_attack", "correct", "suite"]
+__all__ = [
+    "AutoAttackResult",
+    "Check",
+    "Report",
+    "ThreatReport",
+    "accuracy_curve",
+    "auto_attack",
+    "correct",
+    "evaluate",
+    "report_card",
+    "suite",
+]
