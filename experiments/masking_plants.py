@@ -1,0 +1,295 @@
+"""Every check of the gradient-masking report card on planted defences and on honest networks.
+
+    python -m experiments.masking_plants                   # about 10 minutes on 2 cores
+    python -m experiments.masking_plants --preset smoke    # three plants, under a minute
+
+The limits in `jaxrobust/evaluation/checks.py` are set on what this prints. The tests plant others:
+other strengths, other forms, another network. A plant with no flag here is one that does not mask:
+its robust accuracy under white-box attacks is that of the bare network, as its row shows.
+"""
+
+import dataclasses
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.lax import stop_gradient
+from tqdm import tqdm
+
+import jaxrobust as jr
+from experiments import common
+from jaxrobust import evaluation, training
+
+NAME = "masking_plants"
+
+# ---- networks -----------------------------------------------------------------------------------
+
+CNN = {"name": "small_cnn", "channels": (8, 16), "strides": (1, 2), "kernel": 3, "dense": (32,)}
+DENSE = {"name": "small_cnn", "channels": (), "strides": (), "dense": (128, 128)}
+MODELS = {
+    "cnn": CNN,
+    "tanh": {**CNN, "activation": "tanh"},
+    "batchnorm": {**CNN, "norm": "batch"},
+    "dense": DENSE,
+    "linear": {**DENSE, "dense": ()},
+}
+# name: architecture, norm of the training's attack or None, its eps, seed
+NETWORKS = {
+    "plain cnn": ("cnn", None, 0.0, 1),
+    "plain cnn, seed 2": ("cnn", None, 0.0, 2),
+    "robust cnn": ("cnn", "linf", 0.15, 1),
+    "robust cnn, seed 2": ("cnn", "linf", 0.1, 2),
+    "robust cnn, l2": ("cnn", "l2", 0.8, 1),
+    "plain tanh": ("tanh", None, 0.0, 1),
+    "robust tanh": ("tanh", "linf", 0.1, 1),
+    "plain batchnorm": ("batchnorm", None, 0.0, 1),
+    "robust batchnorm": ("batchnorm", "linf", 0.1, 1),
+    "plain dense": ("dense", None, 0.0, 1),
+    "robust dense": ("dense", "linf", 0.1, 1),
+    "linear": ("linear", None, 0.0, 1),
+}
+
+
+def trained(config: dict, norm: str | None, eps: float, seed: int, epochs: int = 25):
+    """(model, variables) of a small network on the digits, trained in seconds."""
+    model, examples = jr.models.build(**config), jr.data.load("digits", "train+validation")
+    steps = epochs * jr.data.steps_per_epoch(examples, 64)
+    optimizer = optax.adam(training.learning_rate("cosine", 5e-3, steps, warmup=0.1))
+    objective = training.standard()
+    if norm:
+        ramp = optax.linear_schedule(0.0, 1.0, round(0.3 * steps))
+        objective = training.adversarial(jr.pgd(norm, eps, steps=5), eps_schedule=ramp)
+    mesh = jr.parallel.data_mesh(1)
+    key, shape = jax.random.key(seed), examples.images.shape[1:]
+    make = lambda key: training.create_state(model, optimizer, key, shape)  # noqa: E731
+    state = jr.parallel.create(make, mesh, key)
+    step = training.train_step(model, optimizer, objective)
+    options = {"batch_size": 64, "epochs": epochs, "seed": seed, "mesh": mesh, "progress": False}
+    return model, training.fit(step, state, examples, **options).variables
+
+
+# ---- plants: (x, strength) before the network, (logits, strength) after it -----------------------
+
+
+def quantised(x, levels):
+    """Rounded to so many levels."""
+    return jnp.round(x * (levels - 1)) / (levels - 1)
+
+
+def stopped(x, share):
+    """No gradient through a share of the columns."""
+    columns = jnp.arange(x.shape[2])[:, None] < share * x.shape[2]
+    return jnp.where(columns, stop_gradient(x), x)
+
+
+def steep(x, slope):
+    """Pixels through a steep sigmoid."""
+    return jax.nn.sigmoid(slope * (x - 0.5))
+
+
+def hashed(x, _):
+    """Keys that depend on every bit of an image."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(len(x), -1)
+    odd = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 0x9E3779B1
+    return jax.vmap(jax.random.key)((bits * odd).sum(1, dtype=jnp.uint32))
+
+
+def noisy(keys, x, deviation):
+    """Gaussian noise."""
+    return x + deviation * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
+
+
+def rescaled(keys, x, share):
+    """A random zoom of each image by up to a share, at a random place."""
+
+    def one(key, image):
+        zoom, place = jax.random.split(key)
+        scale = 1 - share * jax.random.uniform(zoom, (2,))
+        shift = jax.random.uniform(place, (2,)) * (1 - scale) * jnp.asarray(image.shape[:2])
+        return jax.image.scale_and_translate(image, image.shape, (0, 1), scale, shift, "linear")
+
+    return jax.vmap(one)(keys, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _filtered(x, factor):
+    """The median over a cross of five pixels; its backward pass is the identity times a factor."""
+    ways = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]
+    return jnp.median(jnp.stack([jnp.roll(x, way, (1, 2)) for way in ways]), axis=0)
+
+
+_filtered.defvjp(lambda x, f: (_filtered(x, f), None), lambda f, _, g: (f * g,))
+
+BEFORE = {
+    "none": lambda x, s: x,
+    "quantised": quantised,
+    "stop_gradient": stopped,
+    "steep pixels": steep,
+    "noise from the image": lambda x, s: noisy(hashed(x, s), x, s),
+    "zoom from the image": lambda x, s: rescaled(hashed(x, s), x, s),
+    "median, no gradient": lambda x, s: _filtered(x, 0.0),
+    "median, wrong sign": lambda x, s: _filtered(x, -1.0),
+    "median, identity gradient": lambda x, s: _filtered(x, 1.0),
+}
+AFTER = {
+    "none": lambda z, s: z,
+    "scaled": lambda z, s: z * s,
+    "sigmoid": lambda z, s: jax.nn.sigmoid(z * s),
+    "softmax": lambda z, s: jax.nn.softmax(z * s),
+}
+# name of the plant: strengths
+PLANTS = {
+    "quantised": (2.0, 4.0, 9.0, 33.0),
+    "stop_gradient": (1.0, 0.5, 0.25),
+    "steep pixels": (20.0, 100.0, 400.0),
+    "noise from the image": (0.02, 0.2),
+    "zoom from the image": (0.3, 0.6),
+    "median, no gradient": (1.0,),
+    "median, wrong sign": (1.0,),
+    "median, identity gradient": (1.0,),
+    "scaled": (0.01, 10.0, 100.0, 1e5),
+    "sigmoid": (0.1, 3.0, 30.0),
+    "softmax": (0.2, 1.0, 5.0),
+}
+RANDOM = {"noise": (noisy, (0.01, 0.1, 0.4)), "zoom": (rescaled, (0.1, 0.4))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Defended:
+    """A network between two functions chosen by number, so that all plants share their programs."""
+
+    model: Any
+
+    def __call__(self, x, variables, before, after, strength):
+        """Logits."""
+        x = jax.lax.switch(before, list(BEFORE.values()), x, strength)
+        logits = self.model.apply(variables, x)
+        return jax.lax.switch(after, list(AFTER.values()), logits, strength)
+
+    def __hash__(self):
+        return id(self.model)
+
+    def __eq__(self, other):
+        return self.model is other.model
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(Defended):
+    """A network behind a random change, chosen by number."""
+
+    def __call__(self, x, keys, variables, number, strength):
+        """Logits."""
+        changes = [change for change, _ in RANDOM.values()]
+        x = jax.lax.switch(number, changes, keys, x, strength)
+        return self.model.apply(variables, x)
+
+    __hash__ = Defended.__hash__
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is run."""
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    hosts: tuple[str, ...] = ("plain cnn", "robust cnn")
+    plants: tuple[str, ...] = tuple(PLANTS)
+    random: tuple[str, ...] = tuple(RANDOM)
+    images: int = 150
+    steps: int = 40
+    targets: int = 4
+    queries: int = 500
+    eps: float = 0.1
+    epochs: int = 25
+
+
+PRESETS = {
+    "full": Config(),
+    "smoke": Config(
+        networks=("plain cnn",), hosts=("plain cnn",), plants=("sigmoid",), random=(), images=24,
+        steps=5, targets=2, queries=50, epochs=3,
+    ),
+}  # fmt: skip
+
+
+def jobs(config: Config):
+    """(key of a cell, network, Defended or Random, what goes into args after the variables)."""
+    for name in config.networks:
+        norm = NETWORKS[name][1] or "linf"
+        yield {"network": name, "plant": "none", "strength": 0.0, "norm": norm}, Defended, (0, 0)
+    for host in config.hosts:
+        for plant in config.plants:
+            place = tuple(list(t).index(plant) if plant in t else 0 for t in (BEFORE, AFTER))
+            for strength in PLANTS[plant]:
+                key = {"network": host, "plant": plant, "strength": strength, "norm": "linf"}
+                yield key, Defended, place
+        for plant in config.random:
+            for strength in RANDOM[plant][1]:
+                key = {"network": host, "plant": f"random {plant}", "strength": strength}
+                yield {**key, "norm": "linf"}, Random, (list(RANDOM).index(plant),)
+
+
+def cell(key, kind, place, network, config: Config) -> dict:
+    """Figures of all checks on one plant."""
+    model, variables = network
+    test = jr.data.load("digits", "test")
+    random = kind is Random
+    options = {"steps": config.steps, "targets": config.targets, "queries": config.queries}
+    if random:
+        options |= {"random": True, "steps": config.steps // 4, "targets": 2, "draws": 10}
+    count = config.images // 3 if random else config.images
+    card = evaluation.report_card(
+        kind(model), test.images[:count], test.labels[:count], norm=key["norm"],
+        eps=config.eps if key["norm"] == "linf" else 0.5, key=jax.random.key(7),
+        args=(variables, *place, key["strength"]), batch_size=count, **options,
+    )  # fmt: skip
+    figures = {check.name: check.figure for check in card}
+    flags = [check.name for check in card if check.verdict == "flag"]
+    return {"figures": figures, "limits": {c.name: c.limit for c in card}, "flags": flags}
+
+
+def table(cells: list[dict]) -> str:
+    """All figures, flags marked, as Markdown."""
+    names = list(cells[0]["metrics"]["figures"])
+    rows = []
+    for found in cells:
+        key, metrics = found["key"], found["metrics"]
+        shown = [
+            "" if figure is None else f"{figure:.3g}" + "!" * (name in metrics["flags"])
+            for name, figure in metrics["figures"].items()
+        ]
+        rows.append([key["network"], key["plant"], f"{key['strength']:g}", *shown])
+    return common.markdown(["network", "plant", "strength", *names], rows)
+
+
+def main(config: Config, options) -> None:
+    """Runs every cell that the results file does not hold yet."""
+    path = options.out / f"{NAME}-{options.preset}.json"
+    results = common.Results(path, NAME, options.preset, config)
+    networks, models = {}, {}
+    for key, kind, place in tqdm(list(jobs(config)), desc=NAME, unit="cell"):
+        if results.find(key) is not None:
+            continue
+        begun = time.perf_counter()
+        name = key["network"]
+        if name not in networks:
+            shape, *how = NETWORKS[name]
+            model, variables = trained(MODELS[shape], *how, epochs=config.epochs)
+            # One object per architecture: what is compiled for it serves all its networks.
+            networks[name] = models.setdefault(shape, model), jax.tree.map(np.asarray, variables)
+        results.add(
+            key, cell(key, kind, place, networks[name], config), time.perf_counter() - begun
+        )
+    print(table(results.cells))
+    print(f"results: {path}")
+
+
+if __name__ == "__main__":
+    chosen = common.arguments(__doc__, PRESETS, default="full")
+    main(PRESETS[chosen.preset], chosen)

@@ -1,0 +1,206 @@
+"""Verdicts of the gradient-masking report card: what a measured figure means, and its limit."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrobust.evaluation.probes import Probe, flat
+
+# LIMITS
+BEATEN = 0.002
+CONVERGED = 0.005
+COUPLE = 2
+JUMP = 0.05
+REPEAT = 1e-4
+COSINE = 0.9
+AGREEMENT = 0.9
+SURE = 3.0
+
+RANDOM = "the model is declared random"
+
+
+class Check(NamedTuple):
+    """One line of the report card.
+
+    Attributes:
+        name: of the check.
+        figure: what was measured; None where the check does not apply.
+        limit: where the flag begins; None likewise.
+        passed: False is a flag: the robust accuracy should not be believed.
+        meaning: one sentence: what was found, and what to do about a flag.
+    """
+
+    name: str
+    figure: float | None
+    limit: float | None
+    passed: bool
+    meaning: str
+
+    @property
+    def verdict(self) -> str:
+        """The verdict: "ok", "flag" or "not applicable"."""
+        if self.figure is None:
+            return "not applicable"
+        return "ok" if self.passed else "flag"
+
+
+def skipped(name: str, reason: str) -> Check:
+    """A check that does not apply, and why."""
+    return Check(name, None, None, True, f"Not applicable: {reason}.")
+
+
+def _judged(name, figure, limit, found, advice, *, least=False):
+    figure, limit = float(figure), float(limit)
+    passed = figure >= limit if least else figure <= limit
+    return Check(name, figure, limit, passed, f"{found}." if passed else f"{found}: {advice}.")
+
+
+def _share(least, count):
+    """A share of the examples that is more than `least`, and more than a couple of them."""
+    return max(least, COUPLE / count)
+
+
+def one_step(single: Mapping[float, float], curve: Mapping[float, float], count: int) -> Check:
+    """The one-step attack leaves more than the long one, at every radius."""
+    ahead = max(curve[radius] - single[radius] for radius in curve)
+    return _judged(
+        "one step",
+        ahead,
+        _share(BEATEN, count),
+        f"One step breaks at most {max(ahead, 0):.1%} more images than {len(curve)} long attacks",
+        "the long attack is led astray, so attack with other losses, BPDA and by queries",
+    )
+
+
+def beaten(name: str, only: np.ndarray, attack: str, advice: str) -> Check:
+    """An attack without exact gradients breaks nothing that white-box attacks leave.
+
+    Args:
+        name: of the check.
+        only: [n] bool, what holds under white-box attacks and falls to this one.
+        attack: what to call it.
+        advice: what to do.
+    """
+    found = f"{attack} breaks {only.sum()} of {len(only)} images that white-box attacks leave"
+    return _judged(name, only.mean(), _share(BEATEN, len(only)), found, advice)
+
+
+def large_radius(curve: Mapping[float, float], classes: int, count: int) -> Check:
+    """At a radius where every image can become plain grey, next to nothing is right."""
+    radius, chance = max(curve), 1 / classes
+    limit = chance + SURE * np.sqrt(chance * (1 - chance) / count)
+    return _judged(
+        "large radius",
+        curve[radius],
+        limit,
+        f"At eps {radius:g}, which turns every image grey, {curve[radius]:.1%} are right",
+        "an attack that cannot win there is no attack, so find what stops the gradient",
+    )
+
+
+def zero_gradient(probed: Probe) -> Check:
+    """Every image has a gradient to follow."""
+    share = flat(probed.slope).mean()
+    return _judged(
+        "zero gradient",
+        share,
+        0.0,
+        f"The cross entropy's gradient is zero or not finite on {share:.1%} of images",
+        "attack the margin or DLR, divide the logits by a constant, and look for rounding, "
+        "saturation and stop_gradient",
+    )
+
+
+def repeatable(difference: float | None) -> Check:
+    """Two identical calls give the same logits; None for a model that is declared random."""
+    name = "repeatable"
+    if difference is None:
+        return skipped(name, f"{RANDOM}, see 'random gradient'")
+    return _judged(
+        name,
+        difference,
+        REPEAT,
+        f"Two identical calls differ by {difference:.2g} of the logits' range",
+        "the model is random, so pass its keys (random=True) and attack with expected gradients",
+    )
+
+
+def jump(probed: Probe) -> Check:
+    """No image's logits leap when its pixels change by a millionth."""
+    largest = probed.jump.max()
+    return _judged(
+        "jump",
+        largest,
+        JUMP,
+        f"A change of 1e-6 per pixel moves logits by up to {largest:.2g} of their range",
+        "randomness derived from the image or rounding is inside, so draw it from keys "
+        "(random=True), or differentiate through a smooth stand-in (BPDA)",
+    )
+
+
+def probabilities(probed: Probe) -> Check:
+    """Outputs are logits, and not probabilities already."""
+    z = probed.logits
+    share = np.mean((z.min(1) >= 0) & (np.abs(z.sum(1) - 1) < 1e-3))
+    return _judged(
+        "probabilities",
+        share,
+        0.5,
+        f"Outputs of {share:.0%} of the images are not negative and sum to one",
+        "they are probabilities, so give the attacks the logits before the softmax",
+    )
+
+
+def convergence(short: float, long: float, restarted: float, count: int) -> Check:
+    """More steps or another start do not change the accuracy."""
+    change = short - min(long, restarted)
+    return _judged(
+        "convergence",
+        change,
+        _share(CONVERGED, count),
+        f"Four times the steps or another start lower the accuracy by {change:.1%}",
+        "the attack had not converged, so raise its steps and restarts until nothing moves",
+    )
+
+
+def slopes(probed: Probe) -> Check:
+    """Gradients agree with finite differences."""
+    cosine = probed.cosine.mean()
+    return _judged(
+        "finite differences",
+        cosine,
+        COSINE,
+        f"Autodiff and finite differences of the margin agree to a cosine of {cosine:.2f}",
+        "gradients are wrong, missing or broken by kinks, so use BPDA or attacks by queries",
+        least=True,
+    )
+
+
+def monotone(curve: Mapping[float, float], count: int) -> Check:
+    """A larger radius leaves no more images right."""
+    accuracies = [curve[radius] for radius in sorted(curve)]
+    rise = max(np.diff(accuracies).max(), 0.0)
+    return _judged(
+        "eps curve",
+        rise,
+        _share(CONVERGED, count),
+        f"Independent attacks at rising eps leave up to {rise:.1%} more images at the larger one",
+        "the attack fails where it has more room, so tune its step and attack by queries",
+    )
+
+
+def random_gradient(probed: Probe | None) -> Check:
+    """One draw's gradient points where the expected one does; None if the model is not random."""
+    name = "random gradient"
+    if probed is None:
+        return skipped(name, "the model is not declared random")
+    cosine = probed.agreement.mean()
+    return _judged(
+        name,
+        cosine,
+        AGREEMENT,
+        f"The gradient of one draw agrees with that of many to a cosine of {cosine:.2f}",
+        "attack with expected gradients of at least 20 draws (version 'rand'), and report those",
+        least=True,
+    )

@@ -1,0 +1,270 @@
+"""The gradient-masking report card: reasons not to believe a robust accuracy.
+
+    for check in report_card(logits_fn, images, labels, eps=8 / 255, key=key):
+        print(check.verdict, check.name, check.meaning)
+
+A model whose gradients mislead attacks looks robust and is not. Every check is a figure with a
+limit and a sentence that says what to do.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrobust import balls
+from jaxrobust.attacks import inputs
+from jaxrobust.attacks.apgd import apgd_ce, apgd_t
+from jaxrobust.attacks.square import square
+from jaxrobust.evaluation import checks, probes
+from jaxrobust.evaluation.auto_attack import _checked, auto_attack
+from jaxrobust.evaluation.checks import Check
+
+# The iterative attack: its step in units of eps, its steps, and how many times more for the check.
+STEP, STEPS, LONGER = 0.1, 40, 4
+CURVE = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+LogitsFn = Callable[..., jax.Array]
+
+
+def report_card(
+    logits_fn: LogitsFn,
+    images: Any,
+    labels: Any,
+    *,
+    eps: float,
+    norm: str = "linf",
+    key: jax.Array,
+    args: tuple = (),
+    bounds: tuple[float, float] = (0.0, 1.0),
+    white_box: Any = None,
+    black_box: Any = None,
+    surrogates: Sequence[tuple[LogitsFn, tuple]] = (),
+    preprocessor: tuple[LogitsFn, LogitsFn] | None = None,
+    random: bool = False,
+    draws: int = 20,
+    steps: int = 100,
+    targets: int = 9,
+    queries: int = 1000,
+    batch_size: int = 256,
+) -> tuple[Check, ...]:
+    """Checks whether a model's gradients can be trusted to find its adversarial examples.
+
+    A few hundred images are enough. Beside the white-box attack (steps * (1 + targets) gradients
+    per example that holds, 0 if `white_box` is given) and Square (`queries` forward passes per
+    example that holds, 0 if `black_box` is given), an image costs about 550 gradients, one more
+    evaluation of each surrogate's 40, and as many as the curve's 40 for BPDA; times `draws` where
+    the model is random. Six programs are compiled per model, none again for another eps.
+
+    Args:
+        logits_fn: (x, *args) -> [b, classes], the whole defended model; (x, keys, *args) with a
+            typed key per example if `random`. Pass the same function object every time.
+        images: [n, h, w, c] float in `bounds`.
+        labels: [n] whole numbers.
+        eps: radius, > 0, in the unit of the images.
+        norm: "linf", "l2" or "l1".
+        key: one typed key; example i draws from fold_in(key, i).
+        args: arrays that `logits_fn` takes besides x.
+        bounds: the box, finite.
+        white_box: [n] bool, which examples are right under the strongest gradient attacks; None
+            runs APGD-CE and APGD-T.
+        black_box: [n] bool, which examples are right under attacks by queries; None runs Square on
+            what the white box left.
+        surrogates: (logits_fn, args) of other models of the same classes, to transfer from.
+        preprocessor: (preprocess, classify), both called as (x, *args), of which the model is
+            made: for BPDA.
+        random: whether the model draws from the keys that it is given.
+        draws: how many draws an expected gradient takes, if `random`.
+        steps: iterations of the white-box attacks.
+        targets: classes that APGD-T aims at.
+        queries: of Square.
+        batch_size: examples at a time; the last batch is filled up.
+
+    Returns:
+        The checks, always the same ones in the same order; those that do not apply say why.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the form above, or logits are not finite.
+    """
+    if not np.isscalar(eps) or not eps > 0:
+        raise ValueError(f"eps must be a number > 0, got {eps!r}")
+    if preprocessor is not None and random:
+        raise ValueError("preprocessor must be None for a random model: BPDA takes (x, *args)")
+    low, high = inputs.check_bounds(bounds)
+    if not np.isfinite(high - low):
+        raise ValueError(f"bounds must be finite, got {bounds}")
+    balls.ball(norm)
+    images, labels, keys = _checked(images, labels, None, key, bounds)
+    model = _Model(
+        logits_fn, images, labels, keys, args, eps, norm, (low, high), draws * random,
+        min(batch_size, len(images)),
+    )  # fmt: skip
+    probed = model.probe()
+    holds = _flags("white_box", white_box, len(labels))
+    if holds is None:
+        holds = model.white_box(key, steps, targets)
+    queried = _flags("black_box", black_box, len(labels))
+    if queried is None:
+        queried = model.black_box(key, holds, queries)
+    one_step, curve = model.curves()
+    by_queries = "gradients are masked, so believe the lower figure and attack with more queries"
+    repeat = None if random else probes.repeat_difference(logits_fn, images[:8], args)
+    return (
+        checks.one_step(one_step, curve, model.count),
+        checks.beaten("black box", holds & ~queried, "An attack by queries", by_queries),
+        _transfer(model, holds, surrogates),
+        checks.large_radius(curve, probed.logits.shape[1], model.count),
+        checks.zero_gradient(probed),
+        checks.repeatable(repeat),
+        checks.jump(probed),
+        checks.probabilities(probed),
+        _convergence(model, curve),
+        checks.slopes(probed),
+        checks.monotone(curve, model.count),
+        checks.random_gradient(probed if random else None),
+        _bpda(model, holds, preprocessor),
+    )
+
+
+class _Model(NamedTuple):
+    """What is asked, and how: every method goes over all examples in batches of one shape."""
+
+    logits_fn: LogitsFn
+    images: np.ndarray
+    labels: np.ndarray
+    keys: jax.Array
+    args: tuple
+    eps: float
+    norm: str
+    bounds: tuple[float, float]
+    draws: int
+    batch_size: int
+
+    @property
+    def count(self):
+        return len(self.labels)
+
+    @property
+    def reach(self):
+        """A radius that holds the middle of the box for every image: nothing can be right there."""
+        size = self.images[0].size
+        order = {"linf": 1.0, "l2": np.sqrt(size), "l1": float(size)}[self.norm]
+        return (self.bounds[1] - self.bounds[0]) / 2 * order
+
+    def batched(self, function, *columns):
+        """function(x, labels, keys, *columns) row by row, with the last batch filled up."""
+        parts = []
+        for start in range(0, self.count, self.batch_size):
+            rows = np.minimum(np.arange(start, start + self.batch_size), self.count - 1)
+            chosen = [column[rows] for column in (self.images, self.labels, self.keys, *columns)]
+            parts.append(jax.tree.map(np.asarray, function(*chosen)))
+        whole = lambda *leaves: np.concatenate(leaves)[: self.count]  # noqa: E731
+        return jax.tree.map(whole, *parts)
+
+    def probe(self):
+        shape = self.logits_fn, self.bounds, self.draws
+        found = self.batched(lambda *batch: probes.probe(*shape, *batch, self.args))
+        if not np.isfinite(found.logits).all():
+            bad = np.flatnonzero(~np.isfinite(found.logits).all(1))
+            raise ValueError(f"logits_fn must return finite logits, got others at row {bad[0]}")
+        return found
+
+    def ascend(self, eps, steps, number, *, random_start=True, source=None):
+        """PGD of its own randomness `number`, on the model or on a `source` (logits_fn, args)."""
+        logits_fn, args = source or (self.logits_fn, self.args)
+        shape = logits_fn, self.norm, self.bounds, 0 if source else self.draws
+        step = eps if steps == 1 else STEP * eps
+        sizes = eps, step, steps, random_start
+
+        def run(x, labels, keys):
+            return probes.ascend(*shape, x, labels, _folded(keys, number), args, *sizes)
+
+        return self.batched(run)
+
+    def wrong(self, x):
+        ask = lambda x, labels, keys, x_adv: probes.wrong(  # noqa: E731
+            self.logits_fn, self.draws, x_adv, labels, _folded(keys, 1000), self.args
+        )
+        return self.batched(ask, x)
+
+    def white_box(self, key, steps, targets):
+        options = {"steps": steps, "draws": self.draws, "bounds": self.bounds}
+        chosen = {
+            "apgd-ce": apgd_ce(self.norm, self.eps, **options),
+            "apgd-t": apgd_t(self.norm, self.eps, targets=targets, **options),
+        }
+        return self._suite(self.logits_fn, self.args, key, chosen).robust
+
+    def black_box(self, key, holds, queries):
+        """Square on what holds; a random model is held to one draw, and asked again with others."""
+        if not holds.any():
+            return holds
+        attack = {"square": square(self.norm, self.eps, queries=queries, bounds=self.bounds)}
+        function, args = self.logits_fn, self.args
+        if self.draws:
+            function, args = probes.FixedDraw(function), (key, *args)
+        found = self._suite(function, args, key, attack, np.flatnonzero(holds))
+        x_adv = self.images.copy()
+        x_adv[holds] = found.x_adv
+        return holds & ~self.wrong(x_adv)
+
+    def _suite(self, logits_fn, args, key, attacks, rows=slice(None)):
+        return auto_attack(
+            logits_fn, self.images[rows], self.labels[rows], eps=self.eps, norm=self.norm,
+            version="custom", attacks=attacks, key=key, args=args, bounds=self.bounds,
+            indices=np.arange(self.count)[rows], batch_size=self.batch_size, progress=False,
+        )  # fmt: skip
+
+    def curves(self):
+        """{radius: accuracy} of the one-step attack and of PGD, each run by itself."""
+        radii = {share * self.eps for share in CURVE if share * self.eps < self.reach}
+        radii = sorted(radii | {self.eps, self.reach})
+            {share * self.eps for share in CURVE if share * self.eps < self.reach} | {self.reach}
+        )
+        one_step = {r: 1 - self.ascend(r, 1, 0, random_start=False).broken.mean() for r in radii}
+        runs = {r: self.ascend(r, STEPS, i).broken for i, r in enumerate(radii)}
+        return one_step, {r: 1 - broken.mean() for r, broken in runs.items()}
+
+
+@jax.jit
+def _folded(keys, number):
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _flags(name, flags, count):
+    if flags is None:
+        return None
+    flags = np.asarray(flags)
+    if flags.dtype != bool or flags.shape != (count,):
+        raise ValueError(f"{name} must be [{count}] bool, got {flags.dtype} {flags.shape}")
+    return flags
+
+
+def _convergence(model, curve):
+    return checks.convergence(
+        curve[model.eps],
+        1 - model.ascend(model.eps, LONGER * STEPS, 100).broken.mean(),
+        1 - model.ascend(model.eps, STEPS, 101).broken.mean(),
+        model.count,
+    )
+
+
+def _transfer(model, holds, surrogates):
+    if not surrogates:
+        return checks.skipped("transfer", "no surrogates are given")
+    only = np.zeros(model.count, bool)
+    for source in surrogates:
+        x_adv = model.ascend(model.eps, STEPS, 200, source=source).x_adv
+        only |= holds & model.wrong(x_adv)
+    advice = "gradients of the model itself are masked, so add transfer to the suite"
+    return checks.beaten("transfer", only, "Transfer from surrogates", advice)
+
+
+def _bpda(model, holds, preprocessor):
+    if preprocessor is None:
+        return checks.skipped("bpda", "no preprocessor is given")
+    source = probes.StraightThrough(*preprocessor), model.args
+    only = holds & model.ascend(model.eps, STEPS, 300, source=source).broken
+    advice = "the pre-processor's own gradient is masked, so add BPDA to the suite"
+    return checks.beaten("bpda", only, "BPDA", advice)

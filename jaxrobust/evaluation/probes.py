@@ -1,0 +1,268 @@
+"""What the report card measures on a model: slopes, kinks, repeatability, and a plain ascent."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxrobust import balls, losses
+from jaxrobust.attacks import classifier, scheduler
+from jaxrobust.attacks.pgd import _room
+
+# Half of a finite difference, in units of the box: far above float32's rounding of a logit, far
+# below an eps. Larger steps meet more kinks of honest ReLU networks.
+SLOPE_STEP = 1e-3
+DIRECTIONS = 8
+# A few float32 steps of a pixel: no smooth model can tell the two images apart.
+JUMP_STEP = 1e-6
+_TINY = np.finfo(np.float32).tiny
+
+LogitsFn = Callable[..., Array]
+
+
+class Probe(NamedTuple):
+    """One row per example.
+
+    Attributes:
+        logits: [n, classes] of the image; of the mean over draws where the model is random.
+        slope: [n] largest entry of the cross entropy's input gradient; NaN if any is not finite.
+        jump: [n] largest change of a logit under a change of `JUMP_STEP`, in units of the range of
+            the example's logits.
+        cosine: [n] between finite differences and autodiff, over random directions; 0 if flat.
+        agreement: [n] cosine between the gradient of one draw and the mean of others; 1 if the
+            model is not random.
+    """
+
+    logits: Array
+    slope: Array
+    jump: Array
+    cosine: Array
+    agreement: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def probe(
+    logits_fn: LogitsFn,
+    bounds: tuple[float, float],
+    draws: int,
+    x: Array,
+    labels: Array,
+    keys: Array,
+    args: tuple,
+) -> Probe:
+    """Measures a batch; a random model is held to one draw but for `slope` and `agreement`.
+
+    Args:
+        logits_fn: (x, *args) -> [b, classes], or (x, keys, *args) with draws > 0.
+        bounds: the box.
+        draws: 0, or how many draws an expected gradient takes.
+        x: [b, h, w, c] images.
+        labels: [b].
+        keys: [b] typed keys.
+        args: what `logits_fn` takes besides.
+    """
+    once = lambda x: logits_fn(x, *_first(keys, draws), *args)  # noqa: E731
+    rows = _rows(x, labels, keys)
+    grad = classifier.evaluate(logits_fn, _cross_entropy, x, rows, args, draws)[2]
+    logits = classifier.predict(logits_fn, x, labels, keys, args, draws)[1]
+    agreement = jnp.ones(x.shape[0])
+    if draws:
+        single = jax.grad(lambda x: _cross_entropy(once(x), labels, None).sum())(x)
+        others = rows._replace(keys=classifier.draw_keys(keys, draws))
+        mean = classifier.evaluate(logits_fn, _cross_entropy, x, others, args, draws)[2]
+        agreement = _cosine(single, mean)
+    largest = jnp.abs(grad).max(tuple(range(1, x.ndim)))
+    return Probe(
+        logits=logits,
+        slope=jnp.where(jnp.isfinite(largest), largest, jnp.nan),
+        jump=_jump(once, bounds, x, keys),
+        cosine=_slope_cosine(once, bounds, x, labels, keys),
+        agreement=agreement,
+    )
+
+
+def flat(slope: np.ndarray) -> np.ndarray:
+    """Which gradients are zero, below the smallest normal float32, or not finite."""
+    return ~(np.asarray(slope) >= _TINY)
+
+
+def _jump(once, bounds, x, keys):
+    """Each pixel's change has its own sign; at the box's border it goes inwards or stays."""
+    signs = _signs(keys, 0, x)
+    moved = jnp.clip(x + (bounds[1] - bounds[0]) * JUMP_STEP * signs, *bounds)
+    before, after = once(x), once(moved)
+    change = jnp.abs(after - before).max(1)
+    size = before.max(1) - before.min(1)
+    return jnp.where(change > 0, change / jnp.maximum(size, _TINY), 0.0)
+
+
+def _slope_cosine(once, bounds, x, labels, keys):
+    """Of the margin, which neither saturates nor underflows before the logits do."""
+    step = (bounds[1] - bounds[0]) * SLOPE_STEP
+    # Clipping at the box's border is no kink of the model's.
+    x = jnp.clip(x, bounds[0] + 2 * step, bounds[1] - 2 * step)
+    margin = lambda x: losses.margin(once(x), labels)  # noqa: E731
+    grad = jax.grad(lambda x: margin(x).sum())(x)
+
+    def along(number):
+        signs = _signs(keys, number, x)
+        finite = margin(x + step * signs) - margin(x - step * signs)
+        return finite, (grad * signs).reshape(len(x), -1).sum(1) * 2 * step
+
+    finite, auto = jax.lax.map(along, jnp.arange(1, DIRECTIONS + 1))
+    return _cosine(finite.T, auto.T)
+
+
+def _signs(keys, number, x):
+    def draw(key):
+        return jax.random.rademacher(jax.random.fold_in(key, number), x.shape[1:], x.dtype)
+
+    return jax.vmap(draw)(keys)
+
+
+def _cosine(a, b):
+    """Per example; 0 where either vanishes or is not finite."""
+    a, b = (v.reshape(len(v), -1) for v in (a, b))
+    a, b = (v / jnp.maximum(jnp.abs(v).max(1, keepdims=True), _TINY) for v in (a, b))
+    length = jnp.sqrt((a**2).sum(1) * (b**2).sum(1))
+    cosine = (a * b).sum(1) / jnp.where(length > 0, length, 1)
+    return jnp.where(jnp.isfinite(cosine), cosine, 0.0)
+
+
+class Ascent(NamedTuple):
+    """What an ascent found: [n] whether any point of it is misclassified, and where it ended."""
+
+    broken: Array
+    x_adv: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def ascend(
+    logits_fn: LogitsFn,
+    norm: str,
+    bounds: tuple[float, float],
+    draws: int,
+    x: Array,
+    labels: Array,
+    keys: Array,
+    args: tuple,
+    eps: Any,
+    step_size: Any,
+    steps: Any,
+    random_start: Any,
+) -> Ascent:
+    """PGD on the cross entropy whose radius, step, length and start are no part of the program.
+
+    So one compilation serves the one-step attack, the long one, restarts and every radius.
+
+    Args:
+        logits_fn: as in `probe`.
+        norm: "linf", "l2" or "l1".
+        bounds: the box.
+        draws: as in `probe`.
+        x: [b, h, w, c] images.
+        labels: [b].
+        keys: [b] typed keys.
+        args: what `logits_fn` takes besides.
+        eps: radius.
+        step_size: as `eps`.
+        steps: how many.
+        random_start: whether it begins at a random point of the ball, or at x.
+    """
+    ball, room = balls.ball(norm), _room(x, bounds)
+    eps, step_size = jnp.asarray(eps, x.dtype), jnp.asarray(step_size, x.dtype)
+    delta = jnp.where(random_start, ball.sample(keys, eps, x.shape), 0)
+    delta = ball.project(delta, eps, *room)
+
+    def step(i, state):
+        delta, broken = state
+        rows = _rows(x, labels, classifier.draw_keys(keys, i) if draws else keys)
+        loss = _cross_entropy
+        _, wrong, grad = classifier.evaluate(logits_fn, loss, x + delta, rows, args, draws)
+        # A gradient that is not finite must not carry the image out of the box.
+        grad = jnp.where(jnp.isfinite(grad), grad, 0)
+        moved = ball.project(delta + ball.ascend(grad, step_size, eps, *room), eps, *room)
+        return jnp.where(i < steps, moved, delta), broken | wrong
+
+    broken = jnp.zeros(x.shape[0], bool)
+    delta, broken = jax.lax.fori_loop(0, steps + 1, step, (delta, broken))
+    return Ascent(broken, x + delta)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def wrong(
+    logits_fn: LogitsFn, draws: int, x: Array, labels: Array, keys: Array, args: tuple
+) -> Array:
+    """Misclassification [b]; of most draws where the model is random."""
+    return classifier.predict(logits_fn, x, labels, keys, args, draws)[0]
+
+
+def repeat_difference(logits_fn: LogitsFn, x: Array, args: tuple) -> float:
+    """Largest difference of a logit between two identical calls, in units of the logits' range.
+
+    Each call is traced and compiled anew: randomness that is drawn while tracing shows as well.
+    """
+    first, second = (np.asarray(jax.jit(lambda *a: logits_fn(*a))(x, *args)) for _ in range(2))
+    size = max(float(np.ptp(first)), float(_TINY))
+    return float(np.abs(first - second).max()) / size
+
+
+class FixedDraw:
+    """A random model held to one draw, (x, key, *args) -> logits: what a query attack asks."""
+
+    def __init__(self, logits_fn: LogitsFn):
+        """Equal for equal `logits_fn`, so that it compiles once."""
+        self.logits_fn = logits_fn
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self.logits_fn == other.logits_fn
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.logits_fn))
+
+    def __call__(self, x: Array, key: Array, *args: Any) -> Array:
+        """Every row draws alike."""
+        return self.logits_fn(x, jnp.broadcast_to(key, x.shape[:1]), *args)
+
+
+class StraightThrough:
+    """classify(preprocess(x)) whose backward pass takes the pre-processor for the identity.
+
+    A pre-processor that changes the image's size is taken for a linear resize.
+
+    Source: Athalye et al. 2018, section 4.1 (BPDA).
+    """
+
+    def __init__(self, preprocess: LogitsFn, classify: LogitsFn):
+        """Equal for equal parts, so that it compiles once."""
+        self.parts = (preprocess, classify)
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.parts))
+
+    def __call__(self, x: Array, *args: Any) -> Array:
+        """Logits, exactly those of the forward pass up to rounding."""
+        preprocess, classify = self.parts
+        seen = jax.lax.stop_gradient(preprocess(x, *args))
+        near = x if seen.shape == x.shape else jax.image.resize(x, seen.shape, "linear")
+        return classify(seen + (near - jax.lax.stop_gradient(near)), *args)
+
+
+def _first(keys, draws):
+    return (classifier.draw_keys(keys, 0),) if draws else ()
+
+
+def _rows(x, labels, keys):
+    """The cross entropy looks at labels and keys alone."""
+    return scheduler.Rows(x, labels, labels, jnp.zeros(()), keys, labels)
+
+
+def _cross_entropy(logits, labels, targets):
+    return losses.cross_entropy(logits, labels)
