@@ -220,8 +220,6 @@ class _Model(NamedTuple):
         """{radius: accuracy} of the one-step attack and of PGD, each run by itself."""
         radii = {share * self.eps for share in CURVE if share * self.eps < self.reach}
         radii = sorted(radii | {self.eps, self.reach})
-            {share * self.eps for share in CURVE if share * self.eps < self.reach} | {self.reach}
-        )
         one_step = {r: 1 - self.ascend(r, 1, 0, random_start=False).broken.mean() for r in radii}
         runs = {r: self.ascend(r, STEPS, i).broken for i, r in enumerate(radii)}
         return one_step, {r: 1 - broken.mean() for r, broken in runs.items()}
