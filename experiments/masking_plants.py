@@ -11,7 +11,6 @@ its robust accuracy under white-box attacks is that of the bare network, as its 
 import dataclasses
 import time
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +93,7 @@ def steep(x, slope):
 def hashed(x, _):
     """Keys that depend on every bit of an image."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(len(x), -1)
-    odd = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 0x9E3779B1
+    odd = (2 * jnp.arange(bits.shape[1], dtype=jnp.uint32) + 1) * jnp.uint32(0x9E3779B1)
     return jax.vmap(jax.random.key)((bits * odd).sum(1, dtype=jnp.uint32))
 
 
@@ -158,36 +157,24 @@ PLANTS = {
 RANDOM = {"noise": (noisy, (0.01, 0.1, 0.4)), "zoom": (rescaled, (0.1, 0.4))}
 
 
-@dataclasses.dataclass(frozen=True)
-class Defended:
-    """A network between two functions chosen by number, so that all plants share their programs."""
+def defended(model):
+    """The network between two functions chosen by number: all plants share what is compiled."""
 
-    model: Any
-
-    def __call__(self, x, variables, before, after, strength):
-        """Logits."""
+    def logits_fn(x, variables, before, after, strength):
         x = jax.lax.switch(before, list(BEFORE.values()), x, strength)
-        logits = self.model.apply(variables, x)
-        return jax.lax.switch(after, list(AFTER.values()), logits, strength)
+        return jax.lax.switch(after, list(AFTER.values()), model.apply(variables, x), strength)
 
-    def __hash__(self):
-        return id(self.model)
-
-    def __eq__(self, other):
-        return self.model is other.model
+    return logits_fn
 
 
-@dataclasses.dataclass(frozen=True)
-class Random(Defended):
-    """A network behind a random change, chosen by number."""
+def randomised(model):
+    """The network behind a random change, chosen by number."""
 
-    def __call__(self, x, keys, variables, number, strength):
-        """Logits."""
+    def logits_fn(x, keys, variables, number, strength):
         changes = [change for change, _ in RANDOM.values()]
-        x = jax.lax.switch(number, changes, keys, x, strength)
-        return self.model.apply(variables, x)
+        return model.apply(variables, jax.lax.switch(number, changes, keys, x, strength))
 
-    __hash__ = Defended.__hash__
+    return logits_fn
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -219,33 +206,31 @@ PRESETS = {
 
 
 def jobs(config: Config):
-    """(key of a cell, network, Defended or Random, what goes into args after the variables)."""
+    """(key of a cell, whether it is random, numbers of the functions) for every cell."""
     for name in config.networks:
         norm = NETWORKS[name][1] or "linf"
-        yield {"network": name, "plant": "none", "strength": 0.0, "norm": norm}, Defended, (0, 0)
+        yield {"network": name, "plant": "none", "strength": 0.0, "norm": norm}, False, (0, 0)
     for host in config.hosts:
         for plant in config.plants:
             place = tuple(list(t).index(plant) if plant in t else 0 for t in (BEFORE, AFTER))
             for strength in PLANTS[plant]:
                 key = {"network": host, "plant": plant, "strength": strength, "norm": "linf"}
-                yield key, Defended, place
+                yield key, False, place
         for plant in config.random:
             for strength in RANDOM[plant][1]:
                 key = {"network": host, "plant": f"random {plant}", "strength": strength}
-                yield {**key, "norm": "linf"}, Random, (list(RANDOM).index(plant),)
+                yield {**key, "norm": "linf"}, True, (list(RANDOM).index(plant),)
 
 
-def cell(key, kind, place, network, config: Config) -> dict:
+def cell(key, random, place, logits_fn, variables, config: Config) -> dict:
     """Figures of all checks on one plant."""
-    model, variables = network
     test = jr.data.load("digits", "test")
-    random = kind is Random
     options = {"steps": config.steps, "targets": config.targets, "queries": config.queries}
     if random:
         options |= {"random": True, "steps": config.steps // 4, "targets": 2, "draws": 10}
     count = config.images // 3 if random else config.images
     card = evaluation.report_card(
-        kind(model), test.images[:count], test.labels[:count], norm=key["norm"],
+        logits_fn, test.images[:count], test.labels[:count], norm=key["norm"],
         eps=config.eps if key["norm"] == "linf" else 0.5, key=jax.random.key(7),
         args=(variables, *place, key["strength"]), batch_size=count, **options,
     )  # fmt: skip
@@ -272,20 +257,20 @@ def main(config: Config, options) -> None:
     """Runs every cell that the results file does not hold yet."""
     path = options.out / f"{NAME}-{options.preset}.json"
     results = common.Results(path, NAME, options.preset, config)
-    networks, models = {}, {}
-    for key, kind, place in tqdm(list(jobs(config)), desc=NAME, unit="cell"):
+    weights, functions = {}, {}
+    for key, random, place in tqdm(list(jobs(config)), desc=NAME, unit="cell"):
         if results.find(key) is not None:
             continue
         begun = time.perf_counter()
-        name = key["network"]
-        if name not in networks:
-            shape, *how = NETWORKS[name]
+        shape, *how = NETWORKS[key["network"]]
+        if key["network"] not in weights:
             model, variables = trained(MODELS[shape], *how, epochs=config.epochs)
-            # One object per architecture: what is compiled for it serves all its networks.
-            networks[name] = models.setdefault(shape, model), jax.tree.map(np.asarray, variables)
-        results.add(
-            key, cell(key, kind, place, networks[name], config), time.perf_counter() - begun
-        )
+            weights[key["network"]] = jax.tree.map(np.asarray, variables)
+            # One function per architecture serves all its networks.
+            functions.setdefault(shape, (defended(model), randomised(model)))
+        logits_fn = functions[shape][random]
+        found = cell(key, random, place, logits_fn, weights[key["network"]], config)
+        results.add(key, found, time.perf_counter() - begun)
     print(table(results.cells))
     print(f"results: {path}")
 
