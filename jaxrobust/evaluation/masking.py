@@ -100,7 +100,7 @@ def report_card(
         logits_fn, images, labels, keys, args, eps, norm, (low, high), draws * random,
         min(batch_size, len(images)),
     )  # fmt: skip
-    probed = model.probe()
+    probed = model.probe(key)
     holds = _flags("white_box", white_box, len(labels))
     if holds is None:
         holds = model.white_box(key, steps, targets)
@@ -162,9 +162,10 @@ class _Model(NamedTuple):
         whole = lambda *leaves: np.concatenate(leaves)[: self.count]  # noqa: E731
         return jax.tree.map(whole, *parts)
 
-    def probe(self):
+    def probe(self, key):
         shape = self.logits_fn, self.bounds, self.draws
-        found = self.batched(lambda *batch: probes.probe(*shape, *batch, self.args))
+        ways = probes.random_ways(key, self.images.shape[1:])
+        found = self.batched(lambda *batch: probes.probe(*shape, *batch, self.args, ways))
         if not np.isfinite(found.logits).all():
             bad = np.flatnonzero(~np.isfinite(found.logits).all(1))
             raise ValueError(f"logits_fn must return finite logits, got others at row {bad[0]}")

@@ -53,6 +53,7 @@ def probe(
     labels: Array,
     keys: Array,
     args: tuple,
+    ways: Array,
 ) -> Probe:
     """Measures a batch; a random model is held to one draw but for `slope` and `agreement`.
 
@@ -64,25 +65,75 @@ def probe(
         labels: [b].
         keys: [b] typed keys.
         args: what `logits_fn` takes besides.
+        ways: [1 + directions, h, w, c] signs, of `jump` first.
     """
-    once = lambda x: logits_fn(x, *_first(keys, draws), *args)  # noqa: E731
-    rows = _rows(x, labels, keys)
-    grad = classifier.evaluate(logits_fn, _cross_entropy, x, rows, args, draws)[2]
-    logits = classifier.predict(logits_fn, x, labels, keys, args, draws)[1]
-    agreement = jnp.ones(x.shape[0])
-    if draws:
-        single = jax.grad(lambda x: _cross_entropy(once(x), labels, None).sum())(x)
-        others = rows._replace(keys=classifier.draw_keys(keys, draws))
-        mean = classifier.evaluate(logits_fn, _cross_entropy, x, others, args, draws)[2]
-        agreement = _cosine(single, mean)
-    largest = jnp.abs(grad).max(tuple(range(1, x.ndim)))
+    width = bounds[1] - bounds[0]
+    # Clipping at the box's border is no kink of the model's.
+    inside = jnp.clip(
+        x, *(b + s * 2 * width * SLOPE_STEP for b, s in zip(bounds, (1, -1), strict=True))
+    )
+
+    def forward(x, draw):
+        return logits_fn(x, *((classifier.draw_keys(keys, draw),) if draws else ()), *args)
+
+    # Each of the two loops holds one copy of the model, which is what keeps compilation short.
+    logits, first, mean, margin = _gradients(forward, draws, x, inside, labels)
+    signs = lambda number: width * ways[number].astype(x.dtype)  # noqa: E731
+    moved = jnp.clip(x + JUMP_STEP * signs(0), *bounds)
+
+    def ask(number):
+        way = SLOPE_STEP * jnp.where(number % 2, 1, -1) * signs(number // 2)
+        return forward(jnp.where(number == 1, moved, jnp.where(number == 0, x, inside + way)), 0)
+
+    asked = jax.lax.map(ask, jnp.arange(2 * len(ways)))
+    margins = jax.vmap(losses.margin, (0, None))(asked[2:], labels).reshape(len(ways) - 1, 2, -1)
+    along = lambda number: (margin * signs(number)).reshape(len(x), -1).sum(1)  # noqa: E731
+    auto = jax.lax.map(along, jnp.arange(1, len(ways))) * 2 * SLOPE_STEP
+    largest = jnp.abs(mean).max(tuple(range(1, x.ndim)))
     return Probe(
         logits=logits,
         slope=jnp.where(jnp.isfinite(largest), largest, jnp.nan),
-        jump=_jump(once, bounds, x, keys),
-        cosine=_slope_cosine(once, bounds, x, labels, keys),
-        agreement=agreement,
+        jump=_jump(asked[0], asked[1]),
+        cosine=_cosine((margins[:, 1] - margins[:, 0]).T, auto.T),
+        agreement=_cosine(first, mean) if draws else jnp.ones(x.shape[0]),
     )
+
+
+def _gradients(forward, draws, x, inside, labels):
+    """Mean logits and, of the cross entropy, one draw's and the others' mean gradient at x.
+
+    And the margin's gradient at `inside`: it neither saturates nor underflows before the logits do.
+    """
+
+    def look(task, found):
+        # Task 0 is x, task 1 `inside`, and the rest are x with other draws.
+        logits, first, total, margin = found
+        at = lambda x: forward(x, jnp.maximum(task - 1, 0))  # noqa: E731
+        z, pull = jax.vjp(at, jnp.where(task == 1, inside, x))
+        losses_of = (losses.cross_entropy, losses.margin)
+        slopes = [jax.grad(lambda z, f=f: f(z, labels).sum())(z) for f in losses_of]
+        (ce, mg) = jax.vmap(lambda slope: pull(slope)[0])(jnp.stack(slopes))
+        counted = task > 1 if draws else task == 0
+        add = lambda total, new: total + jnp.where(counted, new, 0)  # noqa: E731
+        return (
+            add(logits, z),
+            jnp.where(task == 0, ce, first),
+            add(total, ce),
+            jnp.where(task == 1, mg, margin),
+        )
+
+    none = jnp.zeros_like(x)
+    classes = jax.eval_shape(lambda x: forward(x, 0), x)
+    start = jnp.zeros(classes.shape, classes.dtype), none, none, none
+    logits, first, total, margin = jax.lax.fori_loop(0, 2 + draws, look, start)
+    return logits / max(draws, 1), first, total / max(draws, 1), margin
+
+
+def random_ways(key: Array, shape: tuple[int, ...]) -> np.ndarray:
+    """[1 + DIRECTIONS, h, w, c] random signs, the same for all examples; drawn on the host."""
+    seed = np.asarray(jax.random.key_data(key)).ravel()
+    draw = np.random.default_rng(seed).integers(0, 2, (1 + DIRECTIONS, *shape))
+    return (2 * draw - 1).astype(np.int8)
 
 
 def flat(slope: np.ndarray) -> np.ndarray:
@@ -90,38 +141,10 @@ def flat(slope: np.ndarray) -> np.ndarray:
     return ~(np.asarray(slope) >= _TINY)
 
 
-def _jump(once, bounds, x, keys):
-    """Each pixel's change has its own sign; at the box's border it goes inwards or stays."""
-    signs = _signs(keys, 0, x)
-    moved = jnp.clip(x + (bounds[1] - bounds[0]) * JUMP_STEP * signs, *bounds)
-    before, after = once(x), once(moved)
+def _jump(before, after):
     change = jnp.abs(after - before).max(1)
     size = before.max(1) - before.min(1)
     return jnp.where(change > 0, change / jnp.maximum(size, _TINY), 0.0)
-
-
-def _slope_cosine(once, bounds, x, labels, keys):
-    """Of the margin, which neither saturates nor underflows before the logits do."""
-    step = (bounds[1] - bounds[0]) * SLOPE_STEP
-    # Clipping at the box's border is no kink of the model's.
-    x = jnp.clip(x, bounds[0] + 2 * step, bounds[1] - 2 * step)
-    margin = lambda x: losses.margin(once(x), labels)  # noqa: E731
-    grad = jax.grad(lambda x: margin(x).sum())(x)
-
-    def along(number):
-        signs = _signs(keys, number, x)
-        finite = margin(x + step * signs) - margin(x - step * signs)
-        return finite, (grad * signs).reshape(len(x), -1).sum(1) * 2 * step
-
-    finite, auto = jax.lax.map(along, jnp.arange(1, DIRECTIONS + 1))
-    return _cosine(finite.T, auto.T)
-
-
-def _signs(keys, number, x):
-    def draw(key):
-        return jax.random.rademacher(jax.random.fold_in(key, number), x.shape[1:], x.dtype)
-
-    return jax.vmap(draw)(keys)
 
 
 def _cosine(a, b):
@@ -253,10 +276,6 @@ class StraightThrough:
         seen = jax.lax.stop_gradient(preprocess(x, *args))
         near = x if seen.shape == x.shape else jax.image.resize(x, seen.shape, "linear")
         return classify(seen + (near - jax.lax.stop_gradient(near)), *args)
-
-
-def _first(keys, draws):
-    return (classifier.draw_keys(keys, 0),) if draws else ()
 
 
 def _rows(x, labels, keys):
