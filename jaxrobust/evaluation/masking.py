@@ -119,7 +119,7 @@ def report_card(
         checks.repeatable(repeat),
         checks.jump(probed),
         checks.probabilities(probed),
-        _convergence(model, curve),
+        _convergence(model, holds),
         checks.slopes(probed),
         checks.monotone(curve, model.count),
         checks.random_gradient(probed if random else None),
@@ -240,13 +240,9 @@ def _flags(name, flags, count):
     return flags
 
 
-def _convergence(model, curve):
-    return checks.convergence(
-        curve[model.eps],
-        1 - model.ascend(model.eps, LONGER * STEPS, 100).broken.mean(),
-        1 - model.ascend(model.eps, STEPS, 101).broken.mean(),
-        model.count,
-    )
+def _convergence(model, holds):
+    longer = model.ascend(model.eps, LONGER * STEPS, 100).broken
+    return checks.convergence(holds & (longer | model.ascend(model.eps, STEPS, 101).broken))
 
 
 def _transfer(model, holds, surrogates):

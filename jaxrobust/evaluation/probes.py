@@ -138,7 +138,7 @@ def random_ways(key: Array, shape: tuple[int, ...]) -> np.ndarray:
 
 def flat(slope: np.ndarray) -> np.ndarray:
     """Which gradients are zero, below the smallest normal float32, or not finite."""
-    return ~(np.asarray(slope) >= _TINY)
+    return ~((np.asarray(slope) >= _TINY) & np.isfinite(slope))
 
 
 def _jump(before, after):
