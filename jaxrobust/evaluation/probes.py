@@ -30,8 +30,7 @@ class Probe(NamedTuple):
     Attributes:
         logits: [n, classes] of the image; of the mean over draws where the model is random.
         slope: [n] largest entry of the cross entropy's input gradient; NaN if any is not finite.
-        jump: [n] largest change of a logit under a change of `JUMP_STEP`, in units of the range of
-            the example's logits.
+        jump: [n] largest change of a logit under a change of `JUMP_STEP` per pixel.
         cosine: [n] between finite differences and autodiff, over random directions; 0 if flat.
         agreement: [n] cosine between the gradient of one draw and the mean of others; 1 if the
             model is not random.
@@ -93,7 +92,7 @@ def probe(
     return Probe(
         logits=logits,
         slope=jnp.where(jnp.isfinite(largest), largest, jnp.nan),
-        jump=_jump(asked[0], asked[1]),
+        jump=jnp.abs(asked[1] - asked[0]).max(1),
         cosine=_cosine((margins[:, 1] - margins[:, 0]).T, auto.T),
         agreement=_cosine(first, mean) if draws else jnp.ones(x.shape[0]),
     )
@@ -139,12 +138,6 @@ def random_ways(key: Array, shape: tuple[int, ...]) -> np.ndarray:
 def flat(slope: np.ndarray) -> np.ndarray:
     """Which gradients are zero, below the smallest normal float32, or not finite."""
     return ~((np.asarray(slope) >= _TINY) & np.isfinite(slope))
-
-
-def _jump(before, after):
-    change = jnp.abs(after - before).max(1)
-    size = before.max(1) - before.min(1)
-    return jnp.where(change > 0, change / jnp.maximum(size, _TINY), 0.0)
 
 
 def _cosine(a, b):
