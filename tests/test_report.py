@@ -1,0 +1,135 @@
+"""`evaluate`: its figures are those of its parts, its alarms stay, and it goes on where it was."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrobust as jr
+from jaxrobust import evaluation, metrics
+from jaxrobust.evaluation import report as module
+from tests.test_apgd import BATCH, KEY, LABELS, X, logits_fn
+from tests.test_auto_attack import small_suite
+
+THREATS = {"linf": 0.03, "l2": 0.12}
+
+
+def short(norm, eps, bounds):
+    return small_suite(eps, norm, bounds)
+
+
+LABELLED = jnp.where(jnp.arange(BATCH) % 8 == 0, (LABELS + 1) % 5, LABELS)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return folder, jr.evaluate(
+        logits_fn,
+        X,
+        LABELLED,
+        threats=THREATS,
+        suite=short,
+        key=KEY,
+        batch_size=32,
+        out=folder,
+        progress=False,
+    )
+
+
+def test_the_worst_case_is_taken_example_by_example_over_all_threats(found):
+    _, report = found
+    both = report.threats["linf"].robust & report.threats["l2"].robust
+    assert report.worst_case == tuple(metrics.wilson_interval(int(both.sum()), BATCH))
+    assert report.clean[0] == 1 - 6 / BATCH
+    for threat in report.threats.values():
+        assert report.worst_case[0] <= threat.accuracy[0] <= report.clean[0]
+        assert threat.accuracy[1] < threat.accuracy[0] < threat.accuracy[2]
+
+
+def test_classes_curve_time_and_work_are_told(found):
+    _, report = found
+    threat = report.threats["linf"]
+    robust, labels = threat.robust, np.asarray(LABELLED)
+    for c, accuracy in enumerate(threat.per_class):
+        assert accuracy == pytest.approx(robust[labels == c].mean())
+    assert threat.curve["eps"][4] == THREATS["linf"]
+    accuracy = threat.curve["accuracy"]
+    assert accuracy == sorted(accuracy, reverse=True)
+    assert accuracy[0] == report.clean[0]
+    assert accuracy[4] >= threat.accuracy[0]  # PGD-20 is the weaker attack
+    assert set(threat.seconds) == set(threat.flops) == {"apgd-ce", "apgd-t", "fab-t", "square"}
+    # Two dense layers, forward and backward to the input: 40 x 24 and 24 x 5 products each.
+    gradient = 2 * 2 * (40 * 24 + 24 * 5)
+    assert threat.flops["apgd-ce"] % gradient == 0
+    assert threat.flops["apgd-ce"] >= gradient * 11 * report.images * report.clean[0] / 2
+
+
+def test_the_json_holds_every_figure_and_robustbench_names(found):
+    folder, report = found
+    stored = json.loads((folder / "report.json").read_text())
+    assert stored == json.loads(json.dumps(report.to_dict()))
+    assert stored["clean_acc"] == f"{100 * report.clean[0]:.2f}"
+    assert stored["autoattack_acc"] == f"{100 * report.worst_case[0]:.2f}"
+    assert stored["threats"]["l2"]["broken_by"] == report.threats["l2"].broken_by.tolist()
+    x_adv = np.load(folder / "linf-x_adv.npy")
+    wrong = np.asarray(logits_fn(jnp.asarray(x_adv)).argmax(1) != LABELLED)
+    np.testing.assert_array_equal(wrong, ~report.threats["linf"].robust)
+
+
+def test_the_table_names_attacks_threats_and_alarms(found):
+    _, report = found
+    text = str(report)
+    for word in ("clean", "apgd-t", "square", "linf 0.03", "l2 0.12", "worst case", "TFLOP"):
+        assert word in text
+    assert ("ALARM" in text) == bool(report.alarms)
+
+
+def test_a_second_call_reads_what_is_there(found, monkeypatch):
+    folder, report = found
+
+    def refuse(*_, **__):
+        raise AssertionError("an attack ran again")
+
+    monkeypatch.setattr("jaxrobust.attacks.scheduler.run", refuse)
+    monkeypatch.setattr(module, "report_card", lambda *_, **__: report.threats["linf"].checks)
+    again = jr.evaluate(
+        logits_fn,
+        X,
+        LABELLED,
+        threats=THREATS,
+        suite=short,
+        key=KEY,
+        batch_size=32,
+        out=folder,
+        progress=False,
+    )
+    np.testing.assert_array_equal(again.threats["l2"].robust, report.threats["l2"].robust)
+    assert again.worst_case == report.worst_case
+
+
+def test_an_alarm_cannot_be_kept_out_of_the_report(found):
+    _, report = found
+    flag = evaluation.Check("jump", 1.0, 0.1, False, "It jumps.")
+    threat = dataclasses.replace(report.threats["linf"], checks=(flag,))
+    loud = dataclasses.replace(report, threats={"linf": threat})
+    assert "ALARM linf: jump: It jumps." in str(loud)
+    assert loud.to_dict()["alarms"] == ["linf: jump: It jumps."]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threats": {}}, "threats must name"),
+        ({"threats": {"l3": 0.1}}, "norm must be one of"),
+        ({"suite": "rand"}, "suite must be"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        jr.evaluate(
+            logits_fn, X, LABELS, **{"threats": THREATS, "key": jax.random.key(0), **change}
+        )
