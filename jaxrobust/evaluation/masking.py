@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust import balls
@@ -109,7 +110,8 @@ def report_card(
         queried = model.black_box(key, holds, queries)
     one_step, curve = model.curves()
     by_queries = "gradients are masked, so believe the lower figure and attack with more queries"
-    repeat = None if random else probes.repeat_difference(logits_fn, images[:8], args)
+    few = jnp.asarray(images[:8])
+    repeat = None if random else probes.repeat_difference(logits_fn, few, args)
     return (
         checks.one_step(one_step, curve, model.count),
         checks.beaten("black box", holds & ~queried, "An attack by queries", by_queries),
