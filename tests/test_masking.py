@@ -135,7 +135,7 @@ def test_an_honest_network_has_no_flag(world, robust):
 def test_every_planted_defence_is_flagged(world, plant):
     found = flags(card_of(world, plant=PLANTS[plant]))
     expected = {
-        "input quantisation": {"zero gradient", "finite differences", "black box"},
+        "input quantisation": {"zero gradient", "finite differences", "jump"},
         "stop_gradient": {"finite differences"},
         "saturated sigmoid": {"finite differences"},
         "huge logit scale": {"zero gradient"},
@@ -174,11 +174,10 @@ def linear(x, weights):
 
 
 def noisy_linear(x, keys, weights, deviation):
-    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-    return (
-        linear(x + deviation * noise, weights)
-        + (x * noise).sum((1, 2, 3))[:, None] ** 2 * weights[0]
-    )
+    """The weights themselves are noisy: what the noise does to the gradient is no constant."""
+    shape = weights.shape
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return jnp.einsum("bi,bik->bk", x.reshape(len(x), -1) - 0.5, weights + deviation * noise)
 
 
 def linear_card(function, *args, **options):
@@ -195,6 +194,13 @@ def test_randomness_drawn_while_tracing_is_noticed():
     card = linear_card(lambda x: linear(x, WEIGHTS) + draw.normal(size=3).astype(np.float32))
     assert card["repeatable"].verdict == "flag"
     assert linear_card(linear, WEIGHTS)["repeatable"].figure == 0
+
+
+@pytest.mark.parametrize(("deviation", "flagged"), [(0.02, False), (3.0, True)])
+def test_a_random_gradient_that_is_not_the_expected_one_is_flagged(deviation, flagged):
+    card = linear_card(noisy_linear, WEIGHTS, deviation, random=True, draws=8)
+    assert (card["random gradient"].verdict == "flag") == flagged
+    assert card["repeatable"].verdict == "not applicable"
 
 
 @pytest.mark.parametrize(
