@@ -34,7 +34,7 @@ def report_card(
     images: Any,
     labels: Any,
     *,
-    eps: float,
+    eps: Any,
     norm: str = "linf",
     key: jax.Array,
     args: tuple = (),
