@@ -76,6 +76,11 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     return _read(Path(path), arrays=False)[1]
 
 
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return the arrays of a safetensors file, whoever wrote it, under the file's own names."""
+    return _read(Path(path))[0]
+
+
 def _with_sorted_metadata(data: bytes) -> bytes:
     """Rewrite the header, whose metadata come in random order: equal weights, equal bytes.
 

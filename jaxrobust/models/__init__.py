@@ -1,8 +1,14 @@
 """Models as pure functions: `init`, `apply` and `train`, with normalisation inside."""
 
+from jaxrobust.models import convert
 from jaxrobust.models.autoencoder import AutoEncoder, autoencoder
 from jaxrobust.models.cnn import small_cnn
 from jaxrobust.models.convolution import conv2d
+from jaxrobust.models.efficientnet import (
+    efficientnet_lite,
+    efficientnet_lite0,
+    load_efficientnet_lite0,
+)
 from jaxrobust.models.layers import Mode, normalise
 from jaxrobust.models.model import Model, from_linen
 from jaxrobust.models.registry import build
@@ -16,7 +22,11 @@ __all__ = [
     "autoencoder",
     "build",
     "conv2d",
+    "convert",
+    "efficientnet_lite",
+    "efficientnet_lite0",
     "from_linen",
+    "load_efficientnet_lite0",
     "normalise",
     "preact_resnet",
     "preact_resnet18",

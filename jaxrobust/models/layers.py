@@ -24,8 +24,6 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 NORMS = ("batch", "group", "none")
 
-# He et al. 2015 in the fan-out form of the published wide residual nets: N(0, 2 / (k k c_out)).
-HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), what the published classifiers' last layers start from.
 UNIFORM_FAN_IN = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -96,23 +94,30 @@ def check_counts(**counts: int) -> None:
 
 
 class Conv(nn.Module):
-    """Square-kernel convolution; `padding` is "symmetric" (k // 2 each side), SAME or VALID."""
+    """Square-kernel convolution; `padding` is "symmetric" (k // 2 each side), SAME or VALID.
+
+    `groups` splits both input and output channels; as many groups as channels is depthwise.
+    """
 
     features: int
     kernel: int = 3
     stride: int = 1
     padding: str = "symmetric"
     use_bias: bool = False
+    groups: int = 1
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w ci"], mode: Mode = INFERENCE
     ) -> Float[Array, "b oh ow co"]:
         """Cross-correlate, then add the bias if there is one."""
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        x, kernel = mode.cast(x, self.param("kernel", HE_FAN_OUT, shape, jnp.float32))
+        shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
+        # He et al. 2015, in the fan-out form of the published wide nets: N(0, 2 / fan_out), with
+        # fan_out = k k c_out / groups, since an input channel reaches its own group only.
+        init = nn.initializers.variance_scaling(2.0 * self.groups, "fan_out", "normal")
+        x, kernel = mode.cast(x, self.param("kernel", init, shape, jnp.float32))
         padding = self.kernel // 2 if self.padding == "symmetric" else self.padding
-        y = conv2d(x, kernel, stride=self.stride, padding=padding)
+        y = conv2d(x, kernel, stride=self.stride, padding=padding, groups=self.groups)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(y.dtype)

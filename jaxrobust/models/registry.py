@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxrobust.models.autoencoder import AutoEncoder, autoencoder
 from jaxrobust.models.cnn import small_cnn
+from jaxrobust.models.efficientnet import efficientnet_lite, efficientnet_lite0
 from jaxrobust.models.layers import check_choice
 from jaxrobust.models.model import Model
 from jaxrobust.models.resnet import preact_resnet, preact_resnet18, wide_resnet
@@ -12,6 +13,8 @@ from jaxrobust.models.vit import vit, vit_preset
 
 FACTORIES: Mapping[str, Callable[..., Model | AutoEncoder]] = {
     "autoencoder": autoencoder,
+    "efficientnet_lite": efficientnet_lite,
+    "efficientnet_lite0": efficientnet_lite0,
     "preact_resnet": preact_resnet,
     "preact_resnet18": preact_resnet18,
     "small_cnn": small_cnn,

@@ -1,4 +1,6 @@
-"""Writes the goldens of tests/test_model_parity.py: tiny nets written by hand in PyTorch.
+"""Writes the goldens of test_model_parity.py, test_convert.py and test_efficientnet.py.
+
+Tiny nets written by hand in PyTorch, and a checkpoint in both formats of `torch.save`:
 
     python tests/goldens/make_model_goldens.py
 
@@ -115,6 +117,123 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+def same(x, kernel, stride):
+    """TensorFlow's SAME: the smaller half of the padding goes before."""
+    total = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:]]
+    return F.pad(x, (total[1] // 2, -(-total[1] // 2), total[0] // 2, -(-total[0] // 2)))
+
+
+class DeepMindBlock(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.batchnorm_0, self.batchnorm_1 = nn.BatchNorm2d(c_in), nn.BatchNorm2d(c_out)
+        self.conv_0 = nn.Conv2d(c_in, c_out, 3, stride, 0, bias=False)
+        self.conv_1 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
+
+    def forward(self, x):
+        active = F.silu(self.batchnorm_0(x))
+        y = self.conv_0(same(active, 3, self.conv_0.stride[0]))
+        y = self.conv_1(F.silu(self.batchnorm_1(y)))
+        return y + (self.shortcut(active) if self.shortcut else x)
+
+
+class DeepMindStage(nn.Module):
+    def __init__(self, *args):
+        super().__init__()
+        self.block = nn.Sequential(DeepMindBlock(*args))
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class DeepMindWide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.init_conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        sizes = ((16, 16, 1), (16, 32, 2), (32, 64, 2))
+        self.layer = nn.Sequential(*(DeepMindStage(*size) for size in sizes))
+        self.batchnorm, self.logits = nn.BatchNorm2d(64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        mean, std = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]])
+        x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        x = self.layer(self.init_conv(x))
+        return self.logits(F.silu(self.batchnorm(x)).mean((2, 3)))
+
+
+def batch_norm(channels):
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+class Inverted(nn.Module):
+    def __init__(self, c_in, c_out, kernel, stride, expansion):
+        super().__init__()
+        wide, self.expansion = c_in * expansion, expansion
+        if expansion > 1:
+            self._expand_conv = nn.Conv2d(c_in, wide, 1, bias=False)
+            self._bn0 = batch_norm(wide)
+        self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
+        self._bn1, self._bn2 = batch_norm(wide), batch_norm(c_out)
+        self._project_conv = nn.Conv2d(wide, c_out, 1, bias=False)
+        self.skips = stride == 1 and c_in == c_out
+
+    def forward(self, x):
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expansion > 1 else x
+        conv = self._depthwise_conv
+        y = F.relu6(self._bn1(conv(same(y, conv.kernel_size[0], conv.stride[0]))))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.skips else y
+
+
+class EfficientNetLite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self._conv_stem, self._bn0 = nn.Conv2d(3, 8, 3, 2, bias=False), batch_norm(8)
+        sizes = ((8, 8, 3, 1, 1), (8, 12, 5, 2, 6), (12, 12, 5, 1, 6), (12, 16, 3, 2, 6))
+        self._blocks = nn.Sequential(*(Inverted(*size) for size in sizes))
+        self._conv_head, self._bn1 = nn.Conv2d(16, 24, 1, bias=False), batch_norm(24)
+        self._fc = nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = (255 * x - 127) / 128
+        x = self._blocks(F.relu6(self._bn0(self._conv_stem(same(x, 3, 2)))))
+        return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
+
+
+def write_checkpoint():
+    """All that a training script saves beside the weights, in both formats."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net[2](torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    base = torch.arange(24.0)
+    state = {f"module.{k}": v for k, v in net.state_dict().items()}
+    state |= {
+        "module.view": base[6:12].view(2, 3),
+        "module.transposed": base.view(4, 6).T,
+        "module.half": base[:4].half(),
+        "module.bfloat16": base[:4].bfloat16(),
+        "module.double": base[:3].double(),
+        "module.int32": torch.tensor([-1, 2], dtype=torch.int32),
+        "module.bool": torch.tensor([True, False]),
+        "module.scalar": torch.tensor(2.5),
+        "module.empty": torch.zeros(0, 3),
+        "module.parameter": nn.Parameter(base[:2].clone()),
+    }
+    whole = {"epoch": 3, "arch": "tiny", "best": 0.5, "state_dict": state}
+    whole |= {
+        "optimizer": optimizer.state_dict(),
+        "shape": base.shape,
+        "none": [None, (1, 2, 3, 4)],
+    }
+    torch.save(whole, HERE / "torch_zip.pt")
+    torch.save(whole, HERE / "torch_legacy.pt", _use_new_zipfile_serialization=False)
+    arrays = {k.removeprefix("module."): v.detach() for k, v in state.items()}
+    arrays["bfloat16"] = arrays["bfloat16"].float()
+    np.savez_compressed(HERE / "torch_arrays.npz", **{k: v.numpy() for k, v in arrays.items()})
+
+
 def randomise(net):
     """Weights on the scale of a trained net, whole multiples of 1 / 64 that fit in int8."""
     for name, value in net.state_dict().items():
@@ -165,6 +284,12 @@ def main():
     write("preact_robustbench", PreAct(act=F.relu, final_norm=False, **unactivated), layers)
     write("wide", Wide(), ("conv1", "block1", "block2", "block3", "bn1"))
     write("vit", Transformer(), ("blocks.0", "blocks.1", "norm"))
+    blocks = tuple(f"layer.{i}.block.0" for i in range(3))
+    write("dm_wide", DeepMindWide(), ("init_conv", "layer.1.block.0.conv_0", *blocks, "batchnorm"))
+    blocks = tuple(f"_blocks.{i}" for i in range(4))
+    layers = ("_conv_stem", "_blocks.1._depthwise_conv", "_blocks.1._bn1", *blocks, "_conv_head")
+    write("efficientnet", EfficientNetLite(), (*layers, "_bn1"))
+    write_checkpoint()
 
 
 if __name__ == "__main__":
