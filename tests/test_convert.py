@@ -208,6 +208,12 @@ def test_any_bytes_are_read_or_refused_and_nothing_else(tmp_path, program):
             read_bytes(tmp_path, data)
 
 
+def test_a_damaged_length_sets_no_memory_aside(tmp_path):
+    longer = b"\x80\x02\x96" + (2**62).to_bytes(8, "little") + b"abc."
+    with pytest.raises(CheckpointError, match="only 4 remain"):
+        read_bytes(tmp_path, longer)
+
+
 def test_foreign_files_are_named(tmp_path):
     cases = {
         b"": "found 0 bytes",

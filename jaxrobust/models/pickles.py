@@ -38,7 +38,7 @@ def interpret(
     """The value that one pickle describes; the stream is left just behind it.
 
     Args:
-        stream: positioned where the pickle begins.
+        stream: seekable, positioned where the pickle begins.
         names: "module.name" -> the function of ours that stands for it, or None for a name that
             is only referred to, as a `Named`.
         storage: makes a value of a persistent id; None refuses them.
@@ -52,7 +52,7 @@ def interpret(
     """
     machine = _Machine([], [], {}, names, storage or _no_storage)
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for opcode, argument, _ in pickletools.genops(_Bounded(stream)):
             if opcode.name == "STOP":
                 return machine.stack.pop()
             if opcode.name in _LITERALS:
@@ -64,6 +64,24 @@ def interpret(
     except (IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"damaged pickle: {type(error).__name__}: {error}") from error
     raise ValueError("damaged pickle: it has no end")
+
+
+class _Bounded:
+    """A stream that never sets memory aside for more bytes than there are.
+
+    A damaged length would otherwise be allocated before the read finds too few.
+    """
+
+    def __init__(self, stream: BufferedIOBase):
+        self.stream = stream
+        here = stream.tell()
+        self.end = stream.seek(0, 2)
+        stream.seek(here)
+        self.readline, self.tell = stream.readline, stream.tell
+
+    def read(self, count: int) -> bytes:
+        """At most `count` bytes."""
+        return self.stream.read(min(count, self.end - self.stream.tell()))
 
 
 def plain_dict(items: Any = ()) -> dict[Any, Any]:
