@@ -8,6 +8,7 @@ from jaxrobust.attacks.fab import FAB, fab, fab_t
 from jaxrobust.attacks.hop_skip_jump import HopSkipJump, hop_skip_jump
 from jaxrobust.attacks.inputs import example_keys
 from jaxrobust.attacks.minimal import DDN, FMN, ddn, fmn
+from jaxrobust.attacks.patch import Patch, patch
 from jaxrobust.attacks.pgd import (
     NFGSM,
     PGD,
@@ -19,6 +20,7 @@ from jaxrobust.attacks.pgd import (
     n_fgsm,
     pgd,
 )
+from jaxrobust.attacks.spatial import Spatial, spatial
 from jaxrobust.attacks.square import Square, square
 from jaxrobust.attacks.wrap import multi_targeted, restarts, targeted, worst_of
 
@@ -33,6 +35,8 @@ __all__ = [
     "ClassifierAPGD",
     "DeepFool",
     "HopSkipJump",
+    "Patch",
+    "Spatial",
     "Square",
     "apgd",
     "apgd_ce",
@@ -57,8 +61,10 @@ __all__ = [
     "linf_pgd",
     "multi_targeted",
     "n_fgsm",
+    "patch",
     "pgd",
     "restarts",
+    "spatial",
     "square",
     "targeted",
     "transfer",
