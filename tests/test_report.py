@@ -10,7 +10,7 @@ import pytest
 
 import jaxrobust as jr
 from jaxrobust import evaluation, metrics
-from jaxrobust.evaluation import report as module
+from jaxrobust.evaluation import evaluator as module
 from tests.test_apgd import BATCH, KEY, LABELS, X, logits_fn
 from tests.test_auto_attack import small_suite
 
@@ -120,9 +120,43 @@ def test_an_alarm_cannot_be_kept_out_of_the_report(found):
     assert loud.to_dict()["alarms"] == ["linf: jump: It jumps."]
 
 
+def test_a_threat_may_be_an_attack_and_counts_in_the_worst_case(tmp_path):
+    threats = {"turned": jr.spatial(grid=(1, 1, 3)), "patch": jr.patch(1, eps=0.2, steps=5)}
+    report = jr.evaluate(
+        logits_fn, X, LABELLED, threats=threats, key=KEY, batch_size=32, out=tmp_path,
+        progress=False,
+    )  # fmt: skip
+    turned = report.threats["turned"]
+    assert set(turned.stages) == {"clean", "turned"}
+    assert (turned.eps, turned.curve, turned.checks) == (1.0, {}, ())
+    held = np.logical_and.reduce([threat.robust for threat in report.threats.values()])
+    assert report.worst_case[0] == held.mean()
+    assert held.mean() < turned.robust.mean() < report.clean[0]
+    assert not report.alarms
+    assert "masked" not in str(report)  # no report card, no reassurance
+    moved = np.load(tmp_path / "turned-x_adv.npy")
+    np.testing.assert_array_equal((moved != X).any((1, 2, 3)), turned.broken_by == "turned")
+
+
+def test_corruptions_are_told_and_drawn_beside_the_attacks(found, tmp_path):
+    _, report = found
+    seen = {"fog": [0.9, 0.8, 0.7, 0.6, 0.5], "snow": [0.5, 0.4, 0.3, 0.2, 0.1]}
+    whole = dataclasses.replace(report, corruptions=seen)
+    assert whole.corruption_accuracy == pytest.approx(0.5)
+    assert whole.to_dict()["corruptions"] == seen
+    assert "fog" in str(whole)
+    assert report.corruption_accuracy is None
+    without, with_them = tmp_path / "without.png", tmp_path / "with.png"
+    report.plot(without)
+    whole.plot(with_them)
+    sizes = [int.from_bytes(path.read_bytes()[16:20], "big") for path in (without, with_them)]
+    assert sizes[1] > sizes[0] > 500  # pixels across: a panel more
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"threats": {"patch": "5x5"}}, "threats must hold radii by norm or attacks"),
         ({"threats": {}}, "threats must name"),
         ({"threats": {"l3": 0.1}}, "norm must be one of"),
         ({"suite": "rand"}, "suite must be"),

@@ -10,6 +10,7 @@ for, and TensorFlow never is.
 
 from jaxrobust.data.augment import compose, cutout, flip, pad_crop
 from jaxrobust.data.batching import batches, epoch_order, steps_per_epoch, stream
+from jaxrobust.data.corruptions import CORRUPTIONS, corrupt
 from jaxrobust.data.dataset import Dataset, Source
 from jaxrobust.data.folder import load_folder
 from jaxrobust.data.loading import load, names, source
@@ -17,10 +18,12 @@ from jaxrobust.data.photos import foolbox_photos
 from jaxrobust.data.prefetching import prefetch
 
 __all__ = [
+    "CORRUPTIONS",
     "Dataset",
     "Source",
     "batches",
     "compose",
+    "corrupt",
     "cutout",
     "epoch_order",
     "flip",

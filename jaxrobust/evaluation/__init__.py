@@ -3,8 +3,10 @@
 from jaxrobust.evaluation.accuracy import accuracy_curve, correct
 from jaxrobust.evaluation.auto_attack import AutoAttackResult, auto_attack, suite
 from jaxrobust.evaluation.checks import Check
+from jaxrobust.evaluation.corrupted import corruption_accuracy
+from jaxrobust.evaluation.evaluator import evaluate
 from jaxrobust.evaluation.masking import report_card
-from jaxrobust.evaluation.report import Report, ThreatReport, evaluate
+from jaxrobust.evaluation.report import Report, ThreatReport
 
 __all__ = [
     "AutoAttackResult",
@@ -14,6 +16,7 @@ __all__ = [
     "accuracy_curve",
     "auto_attack",
     "correct",
+    "corruption_accuracy",
     "evaluate",
     "report_card",
     "suite",

@@ -137,6 +137,17 @@ def _correct(apply, variables, images, labels):
 
 
 @dataclasses.dataclass(frozen=True)
+class AsApply:
+    """A `logits_fn` called as `apply`; equal for equal functions, so that it compiles once."""
+
+    logits_fn: Apply
+
+    def __call__(self, args, x):
+        """The logits of x."""
+        return self.logits_fn(x, *args)
+
+
+@dataclasses.dataclass(frozen=True)
 class _LossOfModel:
     """Hashable, so that the attack compiles once per model and not once per call."""
 

@@ -1,35 +1,22 @@
-"""One call that evaluates a classifier, and the report it gives: figures, and reasons for doubt.
+"""The report of an evaluation: figures, and reasons for doubt.
 
-    report = jr.evaluate(logits_fn, images, labels, threats={"linf": 8 / 255}, key=key)
     print(report)
     report.save("report.json")
+    report.plot("report.png")
 
-Robust accuracy is the per-example worst case over all attacks of all threats. The gradient-masking
-report card is part of every report: a check that raises an alarm stays in it.
+A check of the gradient-masking report card that raises an alarm stays in every form of it.
 """
 
 import dataclasses
-import io
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxrobust import attacks, balls, flops, metrics
-from jaxrobust.attacks import classifier, scheduler
-from jaxrobust.evaluation.accuracy import accuracy_curve
-from jaxrobust.evaluation.auto_attack import auto_attack
-from jaxrobust.evaluation.auto_attack import suite as attacks_of
+from jaxrobust.evaluation import drawing
 from jaxrobust.evaluation.checks import Check
-from jaxrobust.evaluation.masking import report_card
 from jaxrobust.files import atomic_write
-
-CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
-_CURVE_STEPS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +24,18 @@ class ThreatReport:
     """What one threat did.
 
     Attributes:
-        norm: of the threat.
-        eps: its radius.
+        norm: of the threat; of one that is an attack, its name.
+        eps: its radius; of one that is an attack, the attack's own eps.
         accuracy: (estimate, low, high): robust accuracy with its 95 % Wilson interval.
         stages: accuracy after each attack, "clean" first.
         seconds: by attack, compilation included.
         flops: by attack, of matrix products and convolutions, counted on what was computed.
         per_class: robust accuracy of each class.
         curve: {"eps": [...], "accuracy": [...]} under PGD-20 on the first images: an upper bound.
+            Empty for a threat that is an attack.
         robust: [n] bool.
         broken_by: [n] names.
-        checks: the gradient-masking report card.
+        checks: the gradient-masking report card; none for a threat that is an attack.
         notes: what a reader of the figure must know.
     """
 
@@ -75,6 +63,8 @@ class Report:
         clean: (estimate, low, high) accuracy with its 95 % Wilson interval.
         worst_case: the same for examples that hold against every threat.
         threats: by name.
+        corruptions: accuracy at severities 1 to 5 by corruption, on clean images that nobody
+            attacked.
     """
 
     images: int
@@ -82,6 +72,12 @@ class Report:
     clean: tuple[float, float, float]
     worst_case: tuple[float, float, float]
     threats: dict[str, ThreatReport]
+    corruptions: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def corruption_accuracy(self) -> float | None:
+        """The mean over all corruptions and severities, or None if there are none."""
+        return float(np.mean(list(self.corruptions.values()))) if self.corruptions else None
 
     @property
     def alarms(self) -> tuple[str, ...]:
@@ -105,6 +101,8 @@ class Report:
             "suite": self.suite,
             "clean_accuracy": self.clean,
             "robust_accuracy": self.worst_case,
+            "corruptions_acc": self.corruption_accuracy,
+            "corruptions": self.corruptions,
             "alarms": list(self.alarms),
             "threats": {name: _plain(threat) for name, threat in self.threats.items()},
         }
@@ -112,6 +110,14 @@ class Report:
     def save(self, path: str | Path) -> None:
         """Writes the report as JSON, whole or not at all."""
         atomic_write(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def plot(self, path: str | Path) -> None:
+        """Draws accuracy against eps, after each attack, by class, and under corruptions.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        drawing.draw(self, path)
 
     def __str__(self) -> str:
         """A table, and every check that does not pass."""
@@ -130,187 +136,20 @@ class Report:
                 before = after
             lines += [f"  note: {note}" for note in threat.notes]
         lines.append(f"{'worst case':24}{_interval(self.worst_case)}")
+        for name, accuracies in self.corruptions.items():
+            shown = " ".join(f"{100 * accuracy:5.1f}" for accuracy in accuracies)
+            lines.append(f"  {name:22}{shown}   at severities 1 to 5")
+        if self.corruptions:
+            lines.append(f"{'corruptions, mean':24}{100 * self.corruption_accuracy:5.1f}")
         lines += [f"ALARM {alarm}" for alarm in self.alarms]
-        if not self.alarms:
+        if not self.alarms and any(threat.checks for threat in self.threats.values()):
             lines.append("no sign of masked gradients in any check that applies")
         return "\n".join(lines)
-
-
-def evaluate(
-    logits_fn: Callable[..., jax.Array],
-    images: Any,
-    labels: Any,
-    *,
-    threats: Mapping[str, float],
-    suite: str | Callable[..., Mapping[str, Any]] = "standard",
-    key: jax.Array,
-    args: tuple = (),
-    bounds: tuple[float, float] = (0.0, 1.0),
-    curve_images: int = 200,
-    card_images: int = 200,
-    batch_size: int = 256,
-    mesh: Mesh | None = None,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> Report:
-    """Evaluates a deterministic classifier against one or several threats.
-
-    Args:
-        logits_fn: (x, *args) -> [b, classes], the whole defended model. Pass the same function
-            object every time.
-        images: [n, h, w, c] float in `bounds`.
-        labels: [n] whole numbers.
-        threats: radius by norm, such as {"linf": 8 / 255, "l2": 0.5}.
-        suite: "standard" or "plus" (`auto_attack`), or a function (norm, eps, bounds) -> attacks by
-            name.
-        key: one typed key.
-        args: arrays that `logits_fn` takes besides x.
-        bounds: the box.
-        curve_images: how many images the curve over eps is drawn from.
-        card_images: how many images the report card's own attacks see.
-        batch_size: examples at a time.
-        mesh: spreads AutoAttack's batches over devices.
-        out: a folder for the state of the evaluation, from which it goes on if it was stopped,
-            the report as report.json, and the adversarial images of each threat as x_adv.npy.
-        progress: show progress bars.
-
-    Raises:
-        TypeError, ValueError: as `auto_attack`; or no threat, or an unknown norm.
-    """
-    if not threats:
-        raise ValueError("threats must name at least one norm and its radius, got none")
-    if not callable(suite) and suite not in ("standard", "plus"):
-        raise ValueError(f"suite must be 'standard', 'plus' or a function, got {suite!r}")
-    for norm in threats:
-        balls.ball(norm)
-    folder = None if out is None else Path(out)
-    reports, robust, correct = {}, None, None
-    for number, (norm, eps) in enumerate(threats.items()):
-        own = jax.random.fold_in(key, number)
-        chosen = (
-            suite(norm, eps, bounds) if callable(suite) else attacks_of(suite, norm, eps, bounds)
-        )
-        result = auto_attack(
-            logits_fn,
-            images,
-            labels,
-            eps=eps,
-            norm=norm,
-            version="custom",
-            attacks=chosen,
-            key=own,
-            args=args,
-            bounds=bounds,
-            batch_size=batch_size,
-            mesh=mesh,
-            state=folder and folder / f"{norm}.npz",
-            progress=progress,
-        )
-        correct = result.broken_by != "clean"
-        robust = result.robust if robust is None else robust & result.robust
-        reports[norm] = ThreatReport(
-            norm=norm,
-            eps=float(eps),
-            accuracy=_wilson(result.robust),
-            stages=result.accuracy,
-            seconds=result.seconds,
-            flops=_flops(logits_fn, images, args, chosen, result),
-            per_class=_per_class(logits_fn, images, labels, args, result.robust),
-            curve=_curve(logits_fn, images, labels, args, norm, eps, own, bounds, curve_images),
-            robust=result.robust,
-            broken_by=result.broken_by,
-            checks=_card(
-                logits_fn, images, labels, args, norm, eps, own, bounds, result, card_images
-            ),
-            notes=result.notes,
-        )
-        if folder is not None:
-            _save_images(folder / f"{norm}-x_adv.npy", result.x_adv)
-    report = Report(
-        images=len(robust),
-        suite="custom" if callable(suite) else suite,
-        clean=_wilson(correct),
-        worst_case=_wilson(robust),
-        threats=reports,
-    )
-    if folder is not None:
-        report.save(folder / "report.json")
-    return report
-
-
-def _wilson(flags):
-    return tuple(metrics.wilson_interval(int(np.sum(flags)), len(flags)))
 
 
 def _interval(accuracy):
     estimate, low, high = (100 * value for value in accuracy)
     return f"{estimate:5.1f}   [{low:.1f}, {high:.1f}]"
-
-
-def _per_class(logits_fn, images, labels, args, robust):
-    shape = jax.ShapeDtypeStruct((1, *np.shape(images)[1:]), np.float32)
-    classes = classifier.class_count(logits_fn, shape, args)
-    labels = np.asarray(labels)
-    counts = np.bincount(labels, minlength=classes)
-    held = np.bincount(labels, weights=robust, minlength=classes)
-    return [float(h / c) if c else None for h, c in zip(held, counts, strict=True)]
-
-
-def _flops(logits_fn, images, args, chosen, result):
-    """Matrix products and convolutions of one iteration, times the iterations computed."""
-    shape = np.shape(images)[1:]
-    one = jax.ShapeDtypeStruct((1, *shape), np.float32)
-    classes = classifier.class_count(logits_fn, one, args)
-    found = {}
-    for name, attack in chosen.items():
-        search = attack.search(classes)
-
-        def iteration(x, args, search=search):
-            labels = jax.numpy.zeros(1, np.int32)
-            keys = jax.random.split(jax.random.key(0), 1)
-            rows = scheduler.Rows(x, labels, labels, jax.numpy.ones((1, 1, 1, 1)), keys, labels)
-            return search.advance(logits_fn, search.begin(rows), rows, args)
-
-        # The only loop of unknown length, FAB's projection, holds no matrix product.
-        cost = flops.count_flops(iteration, one, args, while_trips=1).matmul
-        found[name] = float(cost * result.iterations.get(name, 0))
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _AsApply:
-    """A `logits_fn` called as `apply`; equal for equal functions, so that it compiles once."""
-
-    logits_fn: Callable[..., jax.Array]
-
-    def __call__(self, args, x):
-        return self.logits_fn(x, *args)
-
-
-def _curve(logits_fn, images, labels, args, norm, eps, key, bounds, count):
-    radii = [float(share * eps) for share in CURVE]
-    attack = attacks.pgd(norm, eps, steps=_CURVE_STEPS, bounds=bounds)
-    rows = slice(0, count)
-    apply = _AsApply(logits_fn)
-    held = accuracy_curve(apply, args, images[rows], labels[rows], attack, radii, key=key)
-    return {"eps": radii, "accuracy": held.mean(1).tolist()}
-
-
-def _card(logits_fn, images, labels, args, norm, eps, key, bounds, result, count):
-    rows = slice(0, count)
-    by_queries = result.broken_by[rows] == "square"
-    return report_card(
-        logits_fn,
-        images[rows],
-        labels[rows],
-        eps=eps,
-        norm=norm,
-        key=key,
-        args=args,
-        bounds=bounds,
-        white_box=result.robust[rows] | by_queries,
-        black_box=result.robust[rows],
-    )
 
 
 def _plain(threat):
@@ -320,9 +159,3 @@ def _plain(threat):
     fields["broken_by"] = threat.broken_by.tolist()
     fields["checks"] = [{**check._asdict(), "verdict": check.verdict} for check in threat.checks]
     return fields
-
-
-def _save_images(path, x_adv):
-    content = io.BytesIO()
-    np.save(content, x_adv)
-    atomic_write(path, content.getvalue())

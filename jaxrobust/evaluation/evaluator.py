@@ -1,0 +1,247 @@
+"""One call that evaluates a classifier against all that it is asked to withstand.
+
+    report = jr.evaluate(logits_fn, images, labels, threats={"linf": 8 / 255}, key=key)
+
+Robust accuracy is the per-example worst case over all attacks of all threats.
+"""
+
+import importlib.util
+import io
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrobust import attacks, balls, flops, metrics
+from jaxrobust.attacks import classifier, scheduler
+from jaxrobust.evaluation.accuracy import AsApply, accuracy_curve
+from jaxrobust.evaluation.auto_attack import AutoAttackResult, auto_attack
+from jaxrobust.evaluation.auto_attack import suite as attacks_of
+from jaxrobust.evaluation.corrupted import check_corruptions, corruption_accuracy
+from jaxrobust.evaluation.masking import report_card
+from jaxrobust.evaluation.report import Report, ThreatReport
+from jaxrobust.files import atomic_write
+
+CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+_CURVE_STEPS = 20
+
+
+def evaluate(
+    logits_fn: Callable[..., jax.Array],
+    images: Any,
+    labels: Any,
+    *,
+    threats: Mapping[str, Any],
+    suite: str | Callable[..., Mapping[str, Any]] = "standard",
+    corruptions: Sequence[str] = (),
+    key: jax.Array,
+    args: tuple = (),
+    bounds: tuple[float, float] = (0.0, 1.0),
+    curve_images: int = 200,
+    card_images: int = 200,
+    batch_size: int = 256,
+    mesh: Mesh | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Evaluates a deterministic classifier against one or several threats.
+
+    Args:
+        logits_fn: (x, *args) -> [b, classes], the whole defended model. Pass the same function
+            object every time.
+        images: [n, h, w, c] float in `bounds`.
+        labels: [n] whole numbers.
+        threats: radius by norm, or an attack by a name of one's own, such as
+            {"linf": 8 / 255, "l2": 0.5, "spatial": jr.spatial(), "patch": jr.patch(5)}.
+        suite: for the norms: "standard" or "plus" (`auto_attack`), or a function
+            (norm, eps, bounds) -> attacks by name.
+        corruptions: common corruptions to measure the accuracy under, at all five severities:
+            `jr.data.CORRUPTIONS`, or some of them. Nobody attacks there, and they do not count in
+            the worst case.
+        key: one typed key.
+        args: arrays that `logits_fn` takes besides x.
+        bounds: the box.
+        curve_images: how many images the curve over eps is drawn from.
+        card_images: how many images the report card's own attacks see.
+        batch_size: examples at a time.
+        mesh: spreads AutoAttack's batches over devices.
+        out: a folder for the state of the evaluation, from which it goes on if it was stopped, the
+            report as report.json, where matplotlib is installed its plot as report.png, and the
+            adversarial images of each threat as NAME-x_adv.npy.
+        progress: show progress bars.
+
+    Raises:
+        TypeError, ValueError: as `auto_attack`; or no threat, an unknown norm, an unknown
+            corruption, or corruptions of images that are not in [0, 1].
+        ImportError: corruptions are asked for, and their package is not installed.
+    """
+    if not callable(suite) and suite not in ("standard", "plus"):
+        raise ValueError(f"suite must be 'standard', 'plus' or a function, got {suite!r}")
+    _check_threats(threats)
+    check_corruptions(corruptions, bounds)
+    folder = None if out is None else Path(out)
+    subject = _Subject(
+        logits_fn, images, labels, args, bounds, suite, curve_images, card_images, batch_size,
+        mesh, folder, progress,
+    )  # fmt: skip
+    reports = {
+        name: subject.threat(name, threat, jax.random.fold_in(key, number))
+        for number, (name, threat) in enumerate(threats.items())
+    }
+    robust = np.logical_and.reduce([threat.robust for threat in reports.values()])
+    report = Report(
+        images=len(robust),
+        suite="custom" if callable(suite) else suite,
+        clean=_wilson(next(iter(reports.values())).broken_by != "clean"),
+        worst_case=_wilson(robust),
+        threats=reports,
+        corruptions=corruption_accuracy(
+            logits_fn,
+            images,
+            labels,
+            names=corruptions,
+            args=args,
+            batch_size=batch_size,
+            state=folder and folder / "corruptions.json",
+            progress=progress,
+        ),
+    )
+    if folder is not None:
+        report.save(folder / "report.json")
+        if importlib.util.find_spec("matplotlib"):
+            report.plot(folder / "report.png")
+    return report
+
+
+def _check_threats(threats):
+    if not threats:
+        raise ValueError("threats must name at least one norm and its radius, got none")
+    for name, threat in threats.items():
+        if isinstance(threat, numbers.Real):
+            balls.ball(name)
+        elif not hasattr(threat, "search"):
+            raise ValueError(
+                f"threats must hold radii by norm or attacks on a classifier, got {threat!r} for "
+                f"{name!r}"
+            )
+
+
+class _Subject(NamedTuple):
+    """What is evaluated, and how."""
+
+    logits_fn: Callable[..., jax.Array]
+    images: Any
+    labels: Any
+    args: tuple
+    bounds: tuple[float, float]
+    suite: str | Callable[..., Mapping[str, Any]]
+    curve_images: int
+    card_images: int
+    batch_size: int
+    mesh: Mesh | None
+    folder: Path | None
+    progress: bool
+
+    def threat(self, name: str, threat: Any, key: jax.Array) -> ThreatReport:
+        """One threat: a norm's radius, or an attack."""
+        of_norm = isinstance(threat, numbers.Real)
+        eps = float(threat) if of_norm else float(np.max(threat.eps))
+        chosen = self._suite(name, eps) if of_norm else {name: threat}
+        result = auto_attack(
+            self.logits_fn, self.images, self.labels, eps=eps, norm=name, version="custom",
+            attacks=chosen, key=key, args=self.args, bounds=self.bounds,
+            batch_size=self.batch_size, mesh=self.mesh, progress=self.progress,
+            state=self.folder and self.folder / f"{name}.npz",
+        )  # fmt: skip
+        if self.folder is not None:
+            _save_images(self.folder / f"{name}-x_adv.npy", result.x_adv)
+        return ThreatReport(
+            norm=name,
+            eps=eps,
+            accuracy=_wilson(result.robust),
+            stages=result.accuracy,
+            seconds=result.seconds,
+            flops=self._flops(chosen, result),
+            per_class=self._per_class(result.robust),
+            curve=self._curve(name, eps, key) if of_norm else {},
+            robust=result.robust,
+            broken_by=result.broken_by,
+            checks=self._card(name, eps, key, result) if of_norm else (),
+            notes=result.notes,
+        )
+
+    def _suite(self, norm, eps):
+        if callable(self.suite):
+            return self.suite(norm, eps, self.bounds)
+        return attacks_of(self.suite, norm, eps, self.bounds)
+
+    @property
+    def _one(self):
+        return jax.ShapeDtypeStruct((1, *np.shape(self.images)[1:]), np.float32)
+
+    @property
+    def _classes(self):
+        return classifier.class_count(self.logits_fn, self._one, self.args)
+
+    def _flops(self, chosen, result: AutoAttackResult):
+        """Matrix products and convolutions of one iteration, times the iterations computed."""
+        found = {}
+        for name, attack in chosen.items():
+            search = attack.search(self._classes)
+
+            def iteration(x, args, search=search):
+                labels = jax.numpy.zeros(1, np.int32)
+                keys = jax.random.split(jax.random.key(0), 1)
+                rows = scheduler.Rows(x, labels, labels, jax.numpy.ones((1, 1, 1, 1)), keys, labels)
+                return search.advance(self.logits_fn, search.begin(rows), rows, args)
+
+            # The only loop of unknown length, FAB's projection, holds no matrix product.
+            cost = flops.count_flops(iteration, self._one, self.args, while_trips=1).matmul
+            found[name] = float(cost * result.iterations.get(name, 0))
+        return found
+
+    def _per_class(self, robust):
+        labels, classes = np.asarray(self.labels), self._classes
+        counts = np.bincount(labels, minlength=classes)
+        held = np.bincount(labels, weights=robust, minlength=classes)
+        return [float(h / c) if c else None for h, c in zip(held, counts, strict=True)]
+
+    def _curve(self, norm, eps, key):
+        radii = [float(share * eps) for share in CURVE]
+        attack = attacks.pgd(norm, eps, steps=_CURVE_STEPS, bounds=self.bounds)
+        rows = slice(0, self.curve_images)
+        apply = AsApply(self.logits_fn)
+        held = accuracy_curve(
+            apply, self.args, self.images[rows], self.labels[rows], attack, radii, key=key
+        )
+        return {"eps": radii, "accuracy": held.mean(1).tolist()}
+
+    def _card(self, norm, eps, key, result):
+        rows = slice(0, self.card_images)
+        by_queries = result.broken_by[rows] == "square"
+        return report_card(
+            self.logits_fn,
+            self.images[rows],
+            self.labels[rows],
+            eps=eps,
+            norm=norm,
+            key=key,
+            args=self.args,
+            bounds=self.bounds,
+            white_box=result.robust[rows] | by_queries,
+            black_box=result.robust[rows],
+        )
+
+
+def _wilson(flags):
+    return tuple(metrics.wilson_interval(int(np.sum(flags)), len(flags)))
+
+
+def _save_images(path, x_adv):
+    content = io.BytesIO()
+    np.save(content, x_adv)
+    atomic_write(path, content.getvalue())
