@@ -4,13 +4,14 @@
     python -m experiments.autoattack_benchmark --preset laptop   # three seeds, both threats, hours
     python -m experiments.autoattack_benchmark --preset smoke    # seconds
 
-Every network is trained as `experiments.adversarial_training` trains it (and kept in this
-experiment's run folder), then evaluated by `jr.evaluate`: the standard suite, per-example worst
-case, and the gradient-masking report card, whose alarms stand beside the figure. EfficientNet-lite0
-is the published network, attacked on foolbox's twenty ImageNet photographs. A run that is stopped
-goes on where it was, inside an attack too.
+Networks are those that the same preset of `experiments.adversarial_training` left, or, where it was
+not run, trained as it trains them. Each is evaluated by `jr.evaluate`: the standard suite,
+per-example worst case, and the gradient-masking report card, whose alarms stand beside the figure.
+EfficientNet-lite0 is the published network, attacked on foolbox's twenty ImageNet photographs. A
+run that is stopped goes on where it was, inside an attack too.
 """
 
+import argparse
 import dataclasses
 import time
 from collections import defaultdict
@@ -79,12 +80,16 @@ def suite_of(config: Config, queries: int):
 
 
 def network(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.Model, Any]:
-    """A network of the first experiment with its weights, trained if they are not there."""
-    model = jr.models.build("small_cnn")
-    trained = {name: key[name] for name in ("method", "dataset", "threat", "eps", "seed")}
-    path = common.run_folder(options, config, trained) / "weights.safetensors"
+    """A network of the first experiment with its weights: what that one left, or trained now."""
+    first = argparse.Namespace(**{**vars(options), "experiment": base.NAME})
+    same = ("method", "threat", "eps", "seed")
+    wanted = next(
+        theirs for theirs in base.keys(config.training) if all(theirs[n] == key[n] for n in same)
+    )
+    model = jr.models.build(wanted["model"])
+    path = common.run_folder(first, config.training, wanted) / "weights.safetensors"
     if not path.exists():
-        fitted = base.train(trained, config.training, sets, options, model)
+        fitted = base.train(wanted, config.training, sets, first, model)
         jr.checkpoint.save_weights(path, jax.tree.map(np.asarray, fitted.variables))
     return model, jr.checkpoint.load_weights(path)
 

@@ -20,8 +20,8 @@ from jaxtyping import Array
 
 from jaxrobust import losses
 from jaxrobust.attacks import inputs
-from jaxrobust.attacks.pgd import LossFn
-from jaxrobust.attacks.wrap import _ANYWHERE, LogitsFn, _fold, _Margin, _worst
+from jaxrobust.attacks.value import LossFn
+from jaxrobust.attacks.wrap import LogitsFn, Margin, worst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EOT:
         here = jax.vmap(jax.random.fold_in)(keys, bits)
 
         def one(total, number):
-            return total + self.loss_fn(x, _fold(here, number), *args), None
+            return total + self.loss_fn(x, inputs.fold(here, number), *args), None
 
         none = jnp.zeros_like(x, shape=(x.shape[0],))
         return jax.lax.scan(jax.checkpoint(one), none, jnp.arange(self.draws))[0] / self.draws
@@ -132,7 +132,7 @@ class Transfer:
         Raises:
             ValueError: as many `surrogate_args` as surrogates were expected.
         """
-        x = inputs.check_images(x, _ANYWHERE)
+        x = inputs.check_images(x, inputs.ANYWHERE)
         keys = inputs.example_keys(key, x.shape[0])
         given = surrogate_args or ((),) * len(self.surrogates)
         if len(given) != len(self.surrogates):
@@ -143,11 +143,15 @@ class Transfer:
         labels = jnp.asarray(labels)
         runs = (
             self.attack(
-                _LossOf(surrogate, self.loss), x, _fold(keys, i), mask=mask, args=(labels, *own)
+                _LossOf(surrogate, self.loss),
+                x,
+                inputs.fold(keys, i),
+                mask=mask,
+                args=(labels, *own),
             )
             for i, (surrogate, own) in enumerate(zip(self.surrogates, given, strict=True))
         )
-        return _worst(_Margin(logits_fn), runs, (labels, *args))
+        return worst(Margin(logits_fn), runs, (labels, *args))
 
 
 def transfer(

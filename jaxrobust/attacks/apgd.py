@@ -14,11 +14,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust import balls
-from jaxrobust.attacks import apgd_step, classifier, inputs, loop, scheduler
-from jaxrobust.attacks.pgd import LossFn, Number, _check_loop, _finish, _value
+from jaxrobust.attacks import apgd_step, box, classifier, inputs, loop, scheduler
+from jaxrobust.attacks.value import LossFn, Number, attack_value
 
 
-@_value(data=("eps", "rho"), meta=("steps", "norm", "large_radii", "bounds", "loop"))
+@attack_value(data=("eps", "rho"), meta=("steps", "norm", "large_radii", "bounds", "loop"))
 class APGD:
     """Auto-PGD on any loss; made by `apgd`.
 
@@ -69,7 +69,7 @@ class APGD:
             static=(loss_fn, plan, self.bounds),
             form=self.loop,
         )
-        return _finish(x, state.best, eps, self.bounds)
+        return box.finish(x, state.best, eps, self.bounds)
 
 
 @jax.jit(static_argnums=(0, 1))
@@ -99,7 +99,7 @@ def _advance(static, i, state, operands):
     )  # fmt: skip
 
 
-@_value(data=("eps",), meta=("attack", "loss", "targets", "restarts", "draws"))
+@attack_value(data=("eps",), meta=("attack", "loss", "targets", "restarts", "draws"))
 class ClassifierAPGD:
     """Auto-PGD against a classifier; made by `apgd_ce`, `apgd_dlr`, `apgd_t`.
 
@@ -215,7 +215,7 @@ class Search:
 
     def outcome(self, state, rows):
         """The first misclassified iterate: which one does not matter to the flags."""
-        return state.fooled, _finish(rows.x, state.found, rows.eps, self.bounds)
+        return state.fooled, box.finish(rows.x, state.found, rows.eps, self.bounds)
 
 
 def apgd(
@@ -240,7 +240,7 @@ def apgd(
     inputs.check_steps(steps)
     if large_radii and (norm != "l1" or steps < 3):
         raise ValueError(f"large_radii needs l1 and 3 steps or more, got {norm!r} and {steps}")
-    _check_loop(loop)
+    inputs.check_loop(loop)
     return APGD(
         eps=eps,
         rho=rho,

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxrobust import balls
-from jaxrobust.attacks.pgd import Number, _room
+from jaxrobust.attacks import box
+from jaxrobust.attacks.value import Number
 
 # Share of the iterations: up to the first checkpoint, by how much the gaps shrink, the least gap.
 _FIRST_GAP, _SHRINK, _LEAST_GAP = 0.22, 0.03, 0.06
@@ -107,7 +108,7 @@ def begin(
     """A random start on the sphere, cut to the box: [b] runs at iteration 0."""
     shape, batch = base.shape, base.shape[0]
     radius = table(norm, steps, large_radii).radius[0]
-    room = _room(base, bounds)
+    room = box.room(base, bounds)
     if norm == "linf":
         draw = jax.vmap(lambda k: jax.random.uniform(k, shape[1:], base.dtype, -1, 1))(keys)
         size = jnp.abs(draw).max(tuple(range(1, draw.ndim)), keepdims=True)
@@ -190,11 +191,11 @@ def advance(
     back, state = check(state, gap, base)
     delta, grad = choose(back, best, state.delta), choose(back, best_grad, grad)
     radius = wide(look(plan.radius)).astype(base.dtype) * eps
-    moved = _move(delta, grad, state, radius, _room(base, bounds), norm, first)
+    moved = _move(delta, grad, state, radius, box.room(base, bounds), norm, first)
     following = jnp.asarray(plan.radius)[jnp.minimum(at + 1, len(plan.gap) - 1)]
     if large_radii:  # The next phase starts from this one's best, in its smaller ball.
         smaller = wide(following).astype(base.dtype) * eps
-        restart = balls.ball(norm).project(best, smaller, *_room(base, bounds))
+        restart = balls.ball(norm).project(best, smaller, *box.room(base, bounds))
         moved = choose(last, restart, moved)
         state = _new_phase(state, last, restart, norm)
     going = active & ~hit

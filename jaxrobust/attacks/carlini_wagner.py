@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxrobust import balls
 from jaxrobust.attacks import inputs, loop, nearest
-from jaxrobust.attacks.pgd import Number, _check_loop, _value
+from jaxrobust.attacks.value import Number, attack_value
 
 # Images are drawn in from the box's faces by this share before arctanh, which is infinite there.
 _EDGE = 1e-6
@@ -20,7 +20,9 @@ _GROWTH = 10.0
 _TINY = 1e-30
 
 
-@_value(data=("step_size", "confidence", "trade_off"), meta=("searches", "steps", "bounds", "loop"))
+@attack_value(
+    data=("step_size", "confidence", "trade_off"), meta=("searches", "steps", "bounds", "loop")
+)
 class CWL2:
     """Carlini and Wagner's minimum-norm attack, l2; made by `cw_l2`.
 
@@ -164,7 +166,7 @@ def cw_l2(
     inputs.check_number("step_size", step_size, low=0, strict=True)
     inputs.check_number("confidence", confidence, low=0)
     inputs.check_number("trade_off", trade_off, low=0, strict=True)
-    _check_loop(loop)
+    inputs.check_loop(loop)
     return CWL2(
         step_size=step_size,
         confidence=confidence,

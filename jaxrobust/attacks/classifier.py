@@ -75,17 +75,12 @@ def evaluate(
         return values, wrong, grad
 
     def add(i, sums):
-        grad, (values, wrong) = gradient(x, draw_keys(rows.keys, i))
+        grad, (values, wrong) = gradient(x, inputs.fold(rows.keys, i))
         return jax.tree.map(jnp.add, sums, (values, wrong.astype(x.dtype), grad))
 
     none = jnp.zeros(x.shape[0], x.dtype)
     values, wrong, grad = jax.lax.fori_loop(0, draws, add, (none, none, jnp.zeros_like(x)))
     return values / draws, wrong > draws / 2, grad / draws
-
-
-def draw_keys(keys: Array, number: Array | int) -> Array:
-    """The keys [b] of one draw of a random model."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def predict(
@@ -97,7 +92,7 @@ def predict(
         return logits.argmax(1) != labels, logits
 
     def one(i):
-        logits = logits_fn(x, draw_keys(keys, i), *args)
+        logits = logits_fn(x, inputs.fold(keys, i), *args)
         return logits.argmax(1) != labels, logits
 
     wrong, logits = jax.lax.map(one, jnp.arange(draws))
@@ -209,7 +204,7 @@ def _traced(search, logits_fn, x, labels, targets, eps, keys, args):
     def one_round(number, found):
         size, x_adv = found
         aim, rounds = targets[:, number % targets.shape[1]], jnp.full(len(x), number)
-        rows = scheduler.Rows(x, labels, aim, eps, draw_keys(keys, number), rounds)
+        rows = scheduler.Rows(x, labels, aim, eps, inputs.fold(keys, number), rounds)
         state = search.begin(rows)
         step = lambda _, state: search.advance(logits_fn, state, rows, args)  # noqa: E731
         state = jax.lax.fori_loop(0, search.evaluations, step, state)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxrobust import balls
 from jaxrobust.attacks import inputs, loop, nearest
-from jaxrobust.attacks.pgd import Number, _check_loop, _value
+from jaxrobust.attacks.value import Number, attack_value
 
 NORMS = ("linf", "l2")
 
@@ -18,7 +18,7 @@ _LEAST_STEP = 1e-4
 _TINY = 1e-30
 
 
-@_value(data=("overshoot",), meta=("norm", "steps", "candidates", "bounds", "loop"))
+@attack_value(data=("overshoot",), meta=("norm", "steps", "candidates", "bounds", "loop"))
 class DeepFool:
     """DeepFool, in l2 or linf; made by `deepfool`.
 
@@ -145,7 +145,7 @@ def deepfool(
     inputs.check_steps(steps)
     inputs.check_number("candidates", candidates, low=1)
     inputs.check_number("overshoot", overshoot, low=0)
-    _check_loop(loop)
+    inputs.check_loop(loop)
     return DeepFool(
         overshoot=overshoot,
         norm=norm,

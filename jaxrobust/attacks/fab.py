@@ -16,12 +16,14 @@ from jaxtyping import Array
 
 from jaxrobust import balls
 from jaxrobust.attacks import classifier, hyperplane, inputs, scheduler
-from jaxrobust.attacks.pgd import Number, _check_loop, _value
+from jaxrobust.attacks.value import Number, attack_value
 
 _ALPHA_MAX, _OVERSHOOT, _BACK = 0.1, 1.05, 0.9
 
 
-@_value(data=("eps",), meta=("norm", "steps", "targets", "restarts", "minimal", "bounds", "loop"))
+@attack_value(
+    data=("eps",), meta=("norm", "steps", "targets", "restarts", "minimal", "bounds", "loop")
+)
 class FAB:
     """Fast adaptive boundary attack; made by `fab` and `fab_t`.
 
@@ -263,7 +265,7 @@ def _fab(norm, eps, steps, targets, restarts, bounds, loop):
         raise ValueError(f"restarts must be a whole number >= 1, got {restarts!r}")
     if bounds is None:
         raise ValueError("FAB needs bounds: it projects on the box")
-    _check_loop(loop)
+    inputs.check_loop(loop)
     return FAB(
         eps=math.inf if eps is None else eps,
         norm=norm,

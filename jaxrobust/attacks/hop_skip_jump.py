@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust.attacks import inputs, loop, nearest
-from jaxrobust.attacks.pgd import _value
+from jaxrobust.attacks.value import attack_value
 
 NORMS = ("linf", "l2")
 # Blends of an image and its random start that are looked at, and how often a start is drawn anew.
@@ -20,7 +20,7 @@ _DRAWS = 1000
 _HALVINGS = 30
 
 
-@_value(
+@attack_value(
     data=(), meta=("norm", "steps", "evaluations", "max_evaluations", "chunk", "gamma", "bounds")
 )
 class HopSkipJump:

@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxrobust.attacks.loop import FORMS
+
 # An image decoded elsewhere may lie a rounding error outside its box; more is a mistake of unit.
 _ULP = 1e-6
+# The box of attacks that leave it to others.
+ANYWHERE = (-math.inf, math.inf)
 
 
 def check_number(name: str, value: Any, *, low: int | float, strict: bool = False) -> None:
@@ -31,6 +35,12 @@ def check_steps(steps: int) -> None:
     """Refuses a count of steps that is not a whole number of at least 1."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a whole number >= 1, got {steps!r}")
+
+
+def check_loop(form: str) -> None:
+    """Refuses a form of the loop that there is not (`attacks.loop`)."""
+    if form not in FORMS:
+        raise ValueError(f"loop must be one of {FORMS}, got {form!r}")
 
 
 def check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float]:
@@ -134,3 +144,9 @@ def example_keys(key: Array | None, batch: int) -> Array:
     if key.shape != (batch,):
         raise ValueError(f"key must be one key or one per example ({batch},), got {key.shape}")
     return key
+
+
+@jax.jit
+def fold(keys: Array, number: Array | int) -> Array:
+    """The keys [b] of one of several draws, each from its example's own key."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

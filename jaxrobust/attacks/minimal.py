@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxrobust import balls, losses
 from jaxrobust.attacks import inputs, loop, nearest
-from jaxrobust.attacks.pgd import Number, _check_loop, _value
+from jaxrobust.attacks.value import Number, attack_value
 
 NORMS = ("linf", "l2", "l1", "l0")
 
@@ -27,7 +27,7 @@ _BEYOND = 1e-3
 _TINY = 1e-30
 
 
-@_value(data=("init_norm", "gamma"), meta=("steps", "levels", "bounds", "loop"))
+@attack_value(data=("init_norm", "gamma"), meta=("steps", "levels", "bounds", "loop"))
 class DDN:
     """Decoupled direction and norm, l2; made by `ddn`.
 
@@ -153,7 +153,7 @@ def _cosine(i, steps, first, last):
     return last + (first - last) * (1 + jnp.cos(jnp.pi * i / steps)) / 2
 
 
-@_value(data=("step_size", "gamma"), meta=("norm", "steps", "bounds", "loop"))
+@attack_value(data=("step_size", "gamma"), meta=("norm", "steps", "bounds", "loop"))
 class FMN:
     """Fast minimum norm, in linf, l2, l1 or l0; made by `fmn`.
 
@@ -313,7 +313,7 @@ def ddn(
     inputs.check_number("init_norm", init_norm, low=0, strict=True)
     inputs.check_number("gamma", gamma, low=0, strict=True)
     inputs.check_number("levels", levels, low=2)
-    _check_loop(loop)
+    inputs.check_loop(loop)
     bounds = inputs.check_bounds(bounds) if levels is None else nearest.finite(bounds)
     return DDN(
         init_norm=init_norm, gamma=gamma, steps=steps, levels=levels, bounds=bounds, loop=loop
@@ -340,6 +340,6 @@ def fmn(
     inputs.check_steps(steps)
     inputs.check_number("step_size", step_size, low=0, strict=True)
     inputs.check_number("gamma", gamma, low=0, strict=True)
-    _check_loop(loop)
+    inputs.check_loop(loop)
     bounds = inputs.check_bounds(bounds)
     return FMN(step_size=step_size, gamma=gamma, norm=norm, steps=steps, bounds=bounds, loop=loop)

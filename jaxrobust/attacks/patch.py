@@ -14,10 +14,10 @@ from jaxtyping import Array
 from jaxrobust.attacks import apgd_step, classifier, inputs, scheduler
 from jaxrobust.attacks.apgd import ClassifierAPGD, apgd_ce
 from jaxrobust.attacks.apgd import Search as Filling
-from jaxrobust.attacks.pgd import Number, _value
+from jaxrobust.attacks.value import Number, attack_value
 
 
-@_value(data=("eps",), meta=("size", "attack"))
+@attack_value(data=("eps",), meta=("size", "attack"))
 class Patch:
     """Auto-PGD inside a window; made by `patch`.
 

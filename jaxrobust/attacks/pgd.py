@@ -8,35 +8,21 @@ ones compile nothing and `vmap` runs over them; structure (`steps`, `norm`) is s
     x_adv = attack(loss_fn, x, key, args=(params, labels))
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust import balls
-from jaxrobust.attacks import inputs, loop
+from jaxrobust.attacks import box, inputs, loop
+from jaxrobust.attacks.value import LossFn, Number, attack_value
 
 STARTS = ("uniform", "gaussian", "none")
 
-Number = Any  # a number or an array of numbers, concrete or traced
-LossFn = Callable[..., Array]
 
-
-def _value(data: tuple[str, ...], meta: tuple[str, ...]):
-    """Makes a frozen dataclass a pytree: `data` are leaves, `meta` is compiled in."""
-
-    def register(cls):
-        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
-
-    return register
-
-
-@_value(data=("eps", "step_size", "momentum"), meta=("steps", "norm", "start", "bounds", "loop"))
+@attack_value(
+    data=("eps", "step_size", "momentum"), meta=("steps", "norm", "start", "bounds", "loop")
+)
 class PGD:
     """Projected gradient ascent on a loss; made by `linf_pgd`, `l2_pgd`, `l1_pgd`, `fgsm`.
 
@@ -108,7 +94,7 @@ class PGD:
             static=(loss_fn, self.norm, self.momentum is not None),
             form=self.loop,
         )
-        return _finish(x, carry[0], operands[1], self.bounds)
+        return box.finish(x, carry[0], operands[1], self.bounds)
 
 
 @jax.jit(static_argnums=1)
@@ -122,7 +108,7 @@ def _begin(attack, start, x, keys, mask, delta):
         step = 2.5 * eps / attack.steps
     else:
         step = balls.broadcast_radius(attack.step_size, base, "step_size") * (eps > 0)
-    room = _room(base, attack.bounds)
+    room = box.room(base, attack.bounds)
     ball = balls.ball(attack.norm)
     if start == "uniform":
         delta = ball.sample(keys, eps, base.shape)
@@ -136,11 +122,6 @@ def _begin(attack, start, x, keys, mask, delta):
     if attack.momentum is not None:
         velocity, momentum = jnp.zeros_like(base), jnp.asarray(attack.momentum, base.dtype)
     return (delta, velocity), (base, eps, step, room, momentum)
-
-
-def _room(x, bounds):
-    """How far each pixel may go down and up; 0 on a side where it lies outside already."""
-    return jnp.minimum(bounds[0] - x, 0), jnp.maximum(bounds[1] - x, 0)
 
 
 def _step(static, i, carry, operands):
@@ -176,21 +157,7 @@ def input_gradient(loss_fn: LossFn, x: Array, args: tuple = ()) -> Array:
     return jax.grad(total)(x)
 
 
-@jax.jit(static_argnums=3)
-def _finish(x, delta, eps, bounds):
-    """X + delta in x's own precision, never further from x than delta and the box say."""
-    base = x.astype(delta.dtype)
-    x_adv = (base + delta).astype(x.dtype)
-    if x.dtype != delta.dtype:
-        # Rounding to fewer bits may leave ball or box: then go one number back towards x.
-        too_far = jnp.abs(x_adv.astype(delta.dtype) - base) > jnp.abs(delta)
-        x_adv = jnp.where(too_far, jnp.nextafter(x_adv, x), x_adv)
-    # x + (bound - x) need not round to the bound.
-    x_adv = jnp.clip(x_adv, jnp.minimum(x, bounds[0]), jnp.maximum(x, bounds[1]))
-    return jax.lax.stop_gradient(jnp.where((eps > 0) & (delta != 0), x_adv, x))
-
-
-@_value(data=("eps", "noise", "step_size"), meta=("bounds",))
+@attack_value(data=("eps", "noise", "step_size"), meta=("bounds",))
 class NFGSM:
     """Noisy FGSM, a one-step training perturbation; made by `n_fgsm`.
 
@@ -228,7 +195,7 @@ class NFGSM:
         keys = inputs.example_keys(key, x.shape[0])
         base, eps, step, room, eta = _n_fgsm_start(self, x, keys, mask)
         delta = _n_fgsm_step(loss_fn, base, step, room, eta, args)
-        return _finish(x, delta, eps, self.bounds)
+        return box.finish(x, delta, eps, self.bounds)
 
 
 @jax.jit
@@ -241,7 +208,7 @@ def _n_fgsm_start(attack, x, keys, mask):
     if mask is not None:  # nothing is projected here, so that it must scale both
         share = balls.broadcast_radius(mask, base, "mask")
         eps, step = eps * share, step * share
-    room = _room(base, attack.bounds)
+    room = box.room(base, attack.bounds)
     eta = balls.ball("linf").sample(keys, attack.noise * eps, base.shape)
     return base, eps, step, room, jnp.clip(eta, *room)
 
@@ -276,7 +243,7 @@ def pgd(
     inputs.check_steps(steps)
     if start not in STARTS:
         raise ValueError(f"start must be one of {STARTS}, got {start!r}")
-    _check_loop(loop)
+    inputs.check_loop(loop)
     return PGD(
         eps=eps,
         step_size=step_size,
@@ -287,11 +254,6 @@ def pgd(
         bounds=inputs.check_bounds(bounds),
         loop=loop,
     )
-
-
-def _check_loop(form):
-    if form not in loop.FORMS:
-        raise ValueError(f"loop must be one of {loop.FORMS}, got {form!r}")
 
 
 def linf_pgd(eps: Number = 8 / 255, steps: int = 10, step_size: Number | None = None, **options):

@@ -15,10 +15,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxrobust.attacks import classifier, inputs, scheduler
-from jaxrobust.attacks.pgd import Number, _check_loop, _value
+from jaxrobust.attacks.value import Number, attack_value
 
 
-@_value(data=("eps",), meta=("shift", "rotation", "grid", "bounds", "loop"))
+@attack_value(data=("eps",), meta=("shift", "rotation", "grid", "bounds", "loop"))
 class Spatial:
     """The worst of a grid of rotations and shifts; made by `spatial`.
 
@@ -182,7 +182,7 @@ def spatial(
         raise ValueError(f"rotation must be in degrees, in [0, 180], got {rotation!r}")
     if len(grid) != 3 or any(not isinstance(n, int) or n < 1 for n in grid):
         raise ValueError(f"grid must be three whole numbers >= 1, got {grid!r}")
-    _check_loop(loop)
+    inputs.check_loop(loop)
     bounds = inputs.check_bounds(bounds)
     return Spatial(
         eps=eps, shift=float(shift), rotation=float(rotation), grid=tuple(grid), bounds=bounds,

@@ -17,13 +17,15 @@ from jaxtyping import Array
 
 from jaxrobust import balls, losses
 from jaxrobust.attacks import classifier, inputs, scheduler
-from jaxrobust.attacks.pgd import Number, _check_loop, _value
+from jaxrobust.attacks.value import Number, attack_value
 
 # After each of these queries, of 10,000, the windows' share of the image is halved.
 _SHRINK_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-@_value(data=("eps",), meta=("norm", "queries", "share", "rescale", "restarts", "bounds", "loop"))
+@attack_value(
+    data=("eps",), meta=("norm", "queries", "share", "rescale", "restarts", "bounds", "loop")
+)
 class Square:
     """Square attack; made by `square`.
 
@@ -306,7 +308,7 @@ def square(
         raise ValueError(f"share must lie in (0, 1], got {share}")
     if bounds is None:
         raise ValueError("bounds must be (low, high), got None")
-    _check_loop(loop)
+    inputs.check_loop(loop)
     return Square(
         eps=eps,
         norm=norm,

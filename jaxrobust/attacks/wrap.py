@@ -10,15 +10,13 @@ from jaxtyping import Array
 
 from jaxrobust import losses
 from jaxrobust.attacks import inputs
-from jaxrobust.attacks.pgd import LossFn, _value
-
-_ANYWHERE = inputs.check_bounds(None)
+from jaxrobust.attacks.value import LossFn, attack_value
 
 Attack = Any  # anything called as attack(loss_fn, x, key, mask=None, args=())
 LogitsFn = Callable[..., Array]
 
 
-@_value(data=("attack",), meta=("count", "select"))
+@attack_value(data=("attack",), meta=("count", "select"))
 class Restarts:
     """The same attack from `count` starts, the best result per example; made by `restarts`."""
 
@@ -35,15 +33,16 @@ class Restarts:
         args: tuple = (),
     ) -> Array:
         """Attacks a batch; arguments, result and errors as `PGD.__call__`."""
-        x = inputs.check_images(x, _ANYWHERE)
+        x = inputs.check_images(x, inputs.ANYWHERE)
         keys = inputs.example_keys(key, x.shape[0])
         runs = (
-            self.attack(loss_fn, x, _fold(keys, i), mask=mask, args=args) for i in range(self.count)
+            self.attack(loss_fn, x, inputs.fold(keys, i), mask=mask, args=args)
+            for i in range(self.count)
         )
-        return _worst(self.select or loss_fn, runs, args)
+        return worst(self.select or loss_fn, runs, args)
 
 
-@_value(data=("attacks",), meta=("select",))
+@attack_value(data=("attacks",), meta=("select",))
 class WorstOf:
     """Several attacks, the best result per example; made by `worst_of`."""
 
@@ -59,16 +58,16 @@ class WorstOf:
         args: tuple = (),
     ) -> Array:
         """Attacks a batch; arguments, result and errors as `PGD.__call__`."""
-        x = inputs.check_images(x, _ANYWHERE)
+        x = inputs.check_images(x, inputs.ANYWHERE)
         keys = inputs.example_keys(key, x.shape[0])
         runs = (
-            attack(loss_fn, x, _fold(keys, i), mask=mask, args=args)
+            attack(loss_fn, x, inputs.fold(keys, i), mask=mask, args=args)
             for i, attack in enumerate(self.attacks)
         )
-        return _worst(self.select or loss_fn, runs, args)
+        return worst(self.select or loss_fn, runs, args)
 
 
-@_value(data=("attack",), meta=())
+@attack_value(data=("attack",), meta=())
 class Targeted:
     """An attack driven towards given classes; made by `targeted`."""
 
@@ -100,7 +99,7 @@ class Targeted:
         return self.attack(_TowardsTarget(logits_fn), x, key, mask=mask, args=(targets, *args))
 
 
-@_value(data=("attack",), meta=("targets",))
+@attack_value(data=("attack",), meta=("targets",))
 class MultiTargeted:
     """An attack driven towards each of the likeliest wrong classes; made by `multi_targeted`."""
 
@@ -134,10 +133,12 @@ class MultiTargeted:
         others = _likeliest_others(logits_fn, x, labels, args)
         loss_fn = _TargetMargin(logits_fn)
         runs = (
-            self.attack(loss_fn, x, _fold(keys, i), mask=mask, args=(labels, others[:, i], *args))
+            self.attack(
+                loss_fn, x, inputs.fold(keys, i), mask=mask, args=(labels, others[:, i], *args)
+            )
             for i in range(min(self.targets, others.shape[1]))
         )
-        return _worst(_Margin(logits_fn), runs, (labels, *args))
+        return worst(Margin(logits_fn), runs, (labels, *args))
 
 
 def restarts(attack: Attack, count: int, *, select: LossFn | None = None) -> Restarts:
@@ -206,13 +207,16 @@ class _TargetMargin(_LossOfLogits):
         return pick(targets) - pick(labels)
 
 
-class _Margin(_LossOfLogits):
+class Margin(_LossOfLogits):
+    """How far the likeliest wrong class is ahead of the true one."""
+
     def __call__(self, x, labels, *args):
+        """[b] margins."""
         return losses.margin(self.logits_fn(x, *args), labels)
 
 
 def _checked(logits_fn, x, labels, args):
-    x = inputs.check_images(x, _ANYWHERE)  # the attack itself knows the bounds
+    x = inputs.check_images(x, inputs.ANYWHERE)  # the attack itself knows the bounds
     classes = jax.eval_shape(logits_fn, x, *args).shape[-1]
     if classes < 2:
         raise ValueError(f"logits_fn must return logits of at least 2 classes, got {classes}")
@@ -227,12 +231,7 @@ def _likeliest_others(logits_fn, x, labels, args):
     return jnp.argsort(-logits, 1)[:, :-1]
 
 
-@jax.jit
-def _fold(keys, number):
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-
-
-def _worst(score_fn, runs: Iterable[Array], args):
+def worst(score_fn, runs: Iterable[Array], args):
     """Per example, the run of the largest score; the earliest of equals."""
     best, best_score = None, None
     for x_adv in runs:

@@ -142,7 +142,7 @@ def auto_attack(
         TypeError, ValueError: images, labels, key, eps or version are not of the form above, logits
             are not finite, or `state` holds another evaluation. Before any attack is run.
     """
-    images, labels, keys = _checked(images, labels, indices, key, bounds)
+    images, labels, keys = check_examples(images, labels, indices, key, bounds)
     if version == "custom" and not attacks:
         raise ValueError("version 'custom' needs attacks, got none")
     if version != "custom" and attacks is not None:
@@ -180,7 +180,7 @@ def auto_attack(
             labels=labels,
             targets=targets[:, : search.targets],
             eps=_radii(chosen[name].eps, images),
-            keys=_folded(keys, number),
+            keys=inputs.fold(keys, number),
         )
         with tqdm(total=len(jobs), desc=name, unit="image", disable=not progress) as bar:
 
@@ -204,7 +204,14 @@ def auto_attack(
     )
 
 
-def _checked(images, labels, indices, key, bounds):
+def check_examples(
+    images: Any, labels: Any, indices: Any, key: jax.Array, bounds: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+    """Images float32, labels int32, and a key for each example; refuses what is not of that form.
+
+    Raises:
+        TypeError, ValueError: names the argument, its value and what was expected.
+    """
     images = np.asarray(images)
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
@@ -234,11 +241,6 @@ def _slots(batch_size, mesh):
 def _radii(eps, images):
     """[n, 1, 1, 1], or [n, h, w, c] from a map."""
     return np.asarray(classifier.radii(eps, None, jnp.asarray(images)))
-
-
-@jax.jit
-def _folded(keys, number):
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def _clean_pass(logits_fn, images, labels, keys, args, draws, slots, mesh):

@@ -19,7 +19,7 @@ from jaxrobust.attacks import inputs
 from jaxrobust.attacks.apgd import apgd_ce, apgd_t
 from jaxrobust.attacks.square import square
 from jaxrobust.evaluation import checks, probes
-from jaxrobust.evaluation.auto_attack import _checked, auto_attack
+from jaxrobust.evaluation.auto_attack import auto_attack, check_examples
 from jaxrobust.evaluation.checks import Check
 
 # The iterative attack: its step in units of eps, its steps, and how many times more for the check.
@@ -96,7 +96,7 @@ def report_card(
     if not np.isfinite(high - low):
         raise ValueError(f"bounds must be finite, got {bounds}")
     balls.ball(norm)
-    images, labels, keys = _checked(images, labels, None, key, bounds)
+    images, labels, keys = check_examples(images, labels, None, key, bounds)
     model = _Model(
         logits_fn, images, labels, keys, args, eps, norm, (low, high), draws * random,
         min(batch_size, len(images)),
@@ -181,13 +181,13 @@ class _Model(NamedTuple):
         sizes = eps, step, steps, random_start
 
         def run(x, labels, keys):
-            return probes.ascend(*shape, x, labels, _folded(keys, number), args, *sizes)
+            return probes.ascend(*shape, x, labels, inputs.fold(keys, number), args, *sizes)
 
         return self.batched(run)
 
     def wrong(self, x):
         ask = lambda x, labels, keys, x_adv: probes.wrong(  # noqa: E731
-            self.logits_fn, self.draws, x_adv, labels, _folded(keys, 1000), self.args
+            self.logits_fn, self.draws, x_adv, labels, inputs.fold(keys, 1000), self.args
         )
         return self.batched(ask, x)
 
@@ -226,11 +226,6 @@ class _Model(NamedTuple):
         one_step = {r: 1 - self.ascend(r, 1, 0, random_start=False).broken.mean() for r in radii}
         runs = {r: self.ascend(r, STEPS, i).broken for i, r in enumerate(radii)}
         return one_step, {r: 1 - broken.mean() for r, broken in runs.items()}
-
-
-@jax.jit
-def _folded(keys, number):
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def _flags(name, flags, count):

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxrobust import balls, losses
-from jaxrobust.attacks import classifier, scheduler
-from jaxrobust.attacks.pgd import _room
+from jaxrobust.attacks import box, classifier, inputs, scheduler
 
 # Half of a finite difference, in units of the box: far above float32's rounding of a logit, far
 # below an eps. Larger steps meet more kinks of honest ReLU networks.
@@ -73,7 +72,7 @@ def probe(
     )
 
     def forward(x, draw):
-        return logits_fn(x, *((classifier.draw_keys(keys, draw),) if draws else ()), *args)
+        return logits_fn(x, *((inputs.fold(keys, draw),) if draws else ()), *args)
 
     # Each of the two loops holds one copy of the model, which is what keeps compilation short.
     logits, first, mean, margin = _gradients(forward, draws, x, inside, labels)
@@ -189,14 +188,14 @@ def ascend(
         steps: how many.
         random_start: whether it begins at a random point of the ball, or at x.
     """
-    ball, room = balls.ball(norm), _room(x, bounds)
+    ball, room = balls.ball(norm), box.room(x, bounds)
     eps, step_size = jnp.asarray(eps, x.dtype), jnp.asarray(step_size, x.dtype)
     delta = jnp.where(random_start, ball.sample(keys, eps, x.shape), 0)
     delta = ball.project(delta, eps, *room)
 
     def step(i, state):
         delta, broken = state
-        rows = _rows(x, labels, classifier.draw_keys(keys, i) if draws else keys)
+        rows = _rows(x, labels, inputs.fold(keys, i) if draws else keys)
         loss = _cross_entropy
         _, wrong, grad = classifier.evaluate(logits_fn, loss, x + delta, rows, args, draws)
         # A gradient that is not finite must not carry the image out of the box.
