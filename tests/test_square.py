@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrobust import attacks, balls
-from jaxrobust.attacks.square import _bump, _sides
+from jaxrobust.attacks.square import _bump, _corner, _sides
 from tests.test_apgd import BATCH, GOLDENS, KEY, LABELS, NORMS, X, logits_fn
 
 EPS = {"linf": 0.06, "l2": 0.4, "l1": 2.5}
@@ -51,6 +51,15 @@ def test_it_breaks_what_it_may_inside_ball_and_box_and_leaves_the_rest(norm):
     )
     by_chance = (logits_fn(jnp.clip(random, 0, 1)).argmax(1) != LABELS).mean()
     assert wrong.mean() > 2 * by_chance + 0.1
+
+
+@pytest.mark.parametrize("edges", [True, False])
+def test_windows_reach_the_last_row_and_column_if_asked_to(edges):
+    keys = jax.random.split(KEY, 500)
+    corners = jax.vmap(lambda key: _corner(key, (5, 8, 1), 2, edges))(keys)
+    last = [3, 6] if edges else [2, 5]
+    assert corners.max(0).tolist() == last
+    assert corners.min(0).tolist() == [0, 0]
 
 
 def test_more_queries_break_more():

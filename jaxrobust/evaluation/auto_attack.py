@@ -73,7 +73,7 @@ def suite(version: str, norm: str, eps: Any, bounds=(0.0, 1.0)) -> dict[str, Any
             "apgd-ce": apgd_ce(norm, eps, draws=20, **box),
             "apgd-dlr": apgd_dlr(norm, eps, draws=20, **box),
         }
-    random_search = square(norm, eps, queries=5000, rescale=False, **box)
+    random_search = square(norm, eps, queries=5000, rescale=False, edges=False, **box)
     if version == "plus":
         return {
             "apgd-ce": apgd_ce(norm, eps, restarts=5, **box),

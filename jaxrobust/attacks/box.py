@@ -1,0 +1,24 @@
+"""Between an image, its perturbation and the box."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def room(x: Array, bounds: tuple[float, float]) -> tuple[Array, Array]:
+    """How far each pixel may go down and up; 0 on a side where it lies outside already."""
+    return jnp.minimum(bounds[0] - x, 0), jnp.maximum(bounds[1] - x, 0)
+
+
+@jax.jit(static_argnums=3)
+def finish(x: Array, delta: Array, eps: Array, bounds: tuple[float, float]) -> Array:
+    """X + delta in x's own precision, never further from x than delta and the box say."""
+    base = x.astype(delta.dtype)
+    x_adv = (base + delta).astype(x.dtype)
+    if x.dtype != delta.dtype:
+        # Rounding to fewer bits may leave ball or box: then go one number back towards x.
+        too_far = jnp.abs(x_adv.astype(delta.dtype) - base) > jnp.abs(delta)
+        x_adv = jnp.where(too_far, jnp.nextafter(x_adv, x), x_adv)
+    # x + (bound - x) need not round to the bound.
+    x_adv = jnp.clip(x_adv, jnp.minimum(x, bounds[0]), jnp.maximum(x, bounds[1]))
+    return jax.lax.stop_gradient(jnp.where((eps > 0) & (delta != 0), x_adv, x))
