@@ -50,6 +50,11 @@ def accuracy(logits: Float[Array, "b k"], labels: Integer[Array, "b"]) -> Float[
     return topk_accuracy(logits, labels, k=1)
 
 
+def misclassified(logits: Float[Array, "b k"], labels: Integer[Array, "b"]) -> Bool[Array, "b"]:
+    """Where `accuracy` is 0, as attacks ask for it in every iteration: [b]."""
+    return (logits.argmax(1) != labels) | jnp.isnan(logits).any(1)
+
+
 def topk_accuracy(
     logits: Float[Array, "b classes"], labels: Integer[Array, "b"], *, k: int
 ) -> Float[Array, "b"]:

@@ -125,11 +125,38 @@ def test_the_state_of_another_evaluation_and_a_damaged_one_are_refused(tmp_path)
     run(X[:8], LABELS[:8], chosen=one, state=state)
     with pytest.raises(CheckpointError, match="another evaluation"):
         run(X[:8], LABELS[:8], chosen=one, state=state, key=jax.random.key(7))
+    with pytest.raises(CheckpointError, match="another evaluation"):  # the same answers, moved
+        run(X[:8], LABELS[:8], lambda x: logits_fn(x) * 1.1, chosen=one, state=state)
     content = state.read_bytes()
     state.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="no state of an evaluation"):
         run(X[:8], LABELS[:8], chosen=one, state=state)
     assert len(state.read_bytes()) == len(content) // 2  # and not overwritten
+
+
+def test_the_order_of_the_attacks_belongs_to_the_state(tmp_path):
+    state = tmp_path / "state.npz"
+    suite = {name: small_suite()[name] for name in ("apgd-ce", "square")}
+    run(X[:8], LABELS[:8], chosen=suite, state=state)
+    with pytest.raises(CheckpointError, match="another evaluation"):
+        run(X[:8], LABELS[:8], chosen=dict(reversed(suite.items())), state=state)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"clean": attacks.apgd_ce("linf", EPS)}, "attacks must have names of their own"),
+        ({"ddn": attacks.ddn()}, "attacks must be attacks on a classifier .* got DDN for 'ddn'"),
+        ({"far": attacks.apgd_ce("linf", 8.0)}, "attacks must stay within eps 0.03, got 8.0"),
+        (
+            {"wide": attacks.apgd_ce("linf", EPS, bounds=(-1.0, 1.0))},
+            r"attacks must have bounds \(0.0, 1.0\)",
+        ),
+    ],
+)
+def test_attacks_beyond_the_threat_are_refused(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        run(chosen=chosen)
 
 
 def test_scaling_the_logits_does_not_change_the_verdict(whole):
@@ -196,6 +223,46 @@ def test_a_random_classifier_is_evaluated_by_its_majority():
     same(run(function=shaky, chosen=chosen, batch_size=64), result)
 
 
+def test_a_random_classifier_is_driven_to_where_it_is_hardly_ever_right():
+    """Right in half of all draws one third of the way, and in one of ten at the end."""
+
+    def shaky(x, keys):
+        ahead = 1.0 - 30 * (x.mean((1, 2, 3)) - 0.5) / 1.0
+        noise = jax.vmap(lambda key: jax.random.normal(key))(keys)
+        return jnp.stack([ahead + 1.5 * noise, jnp.zeros_like(ahead)], 1)
+
+    x, labels = jnp.full((32, 2, 2, 1), 0.5), jnp.zeros(32, int)
+    weak = {"apgd-ce": attacks.apgd_ce("linf", 0.1, steps=20, draws=20)}
+    result = run(x, labels, shaky, eps=0.1, chosen=weak)
+    assert result.accuracy["clean"] > 0.8
+    assert result.robust.mean() == 0
+    assert "most of 20 draws" in result.notes[0]
+    # Far beyond the first majority, which draws near 0.533 would give.
+    assert result.x_adv.mean((1, 2, 3)).min() > 0.55
+
+
+def test_gradients_and_answers_that_are_no_numbers_break_nothing_they_should_not():
+    def rooted(x):  # an infinite gradient at 0.5, where the images are
+        return jnp.stack([1 + jnp.sqrt(jnp.abs(x - 0.5)).sum((1, 2, 3)), jnp.zeros(len(x))], 1)
+
+    x, labels = jnp.full((4, 2, 2, 1), 0.5), jnp.zeros(4, int)
+    for norm in ("linf", "l2"):
+        chosen = {
+            "apgd-ce": attacks.apgd_ce(norm, EPS, steps=5),
+            "fab-t": attacks.fab_t(norm, EPS, steps=5),
+        }
+        result = run(x, labels, rooted, norm=norm, chosen=chosen)
+        assert result.robust.all()
+        assert np.isfinite(result.x_adv).all()
+
+    def gives_up(x):  # no answer off the middle, which argmax takes for class 0
+        z = jnp.stack([jnp.ones(len(x)), jnp.zeros(len(x))], 1)
+        return jnp.where((x == 0.5).all((1, 2, 3))[:, None], z, jnp.nan)
+
+    result = run(x, labels, gives_up, chosen={"square": attacks.square("linf", EPS, queries=5)})
+    assert not result.robust.any()
+
+
 def test_a_second_size_of_batch_or_set_compiles_nothing_new():
     traces = []
 
@@ -216,7 +283,7 @@ def test_a_second_size_of_batch_or_set_compiles_nothing_new():
     [
         ({"images": X[:0], "labels": LABELS[:0]}, ValueError, "n >= 1"),
         ({"images": X[0]}, ValueError, r"\[n, h, w, c\]"),
-        ({"images": 255 * X}, ValueError, "x must lie in"),
+        ({"images": 255 * X}, ValueError, "images must lie in"),
         ({"images": np.zeros(X.shape, np.uint8)}, TypeError, "floating point"),
         ({"labels": LABELS + 9}, ValueError, "labels must lie in"),
         ({"labels": LABELS[:3]}, ValueError, "labels must be"),

@@ -94,5 +94,5 @@ def test_bad_settings_are_named(settings, message):
 
 
 def test_a_window_larger_than_the_image_is_refused():
-    with pytest.raises(ValueError, match="size must fit into the image"):
+    with pytest.raises(ValueError, match="size must fit into"):
         jr.patch(HEIGHT + 1)(logits_fn, X, LABELS, KEY)

@@ -68,12 +68,17 @@ def test_classes_curve_time_and_work_are_told(found):
     assert threat.flops["apgd-ce"] >= gradient * 11 * report.images * report.clean[0] / 2
 
 
-def test_the_json_holds_every_figure_and_robustbench_names(found):
+def test_the_json_holds_every_figure_and_robustbench_names_where_they_are_meant(found):
     folder, report = found
     stored = json.loads((folder / "report.json").read_text())
     assert stored == json.loads(json.dumps(report.to_dict()))
-    assert stored["clean_acc"] == f"{100 * report.clean[0]:.2f}"
-    assert stored["autoattack_acc"] == f"{100 * report.worst_case[0]:.2f}"
+    assert "clean_acc" not in stored  # two threats
+    alone = dataclasses.replace(report, threats={"l2": report.threats["l2"]})
+    assert alone.to_dict()["clean_acc"] == f"{100 * report.clean[0]:.2f}"
+    assert alone.to_dict()["threat_model"] == "L2"
+    assert "autoattack_acc" not in alone.to_dict()  # a suite of one's own
+    standard = dataclasses.replace(alone, suite="standard").to_dict()
+    assert standard["autoattack_acc"] == f"{100 * report.worst_case[0]:.2f}"
     assert stored["threats"]["l2"]["broken_by"] == report.threats["l2"].broken_by.tolist()
     x_adv = np.load(folder / "linf-x_adv.npy")
     wrong = np.asarray(logits_fn(jnp.asarray(x_adv)).argmax(1) != LABELLED)
@@ -138,6 +143,18 @@ def test_a_threat_may_be_an_attack_and_counts_in_the_worst_case(tmp_path):
     np.testing.assert_array_equal((moved != X).any((1, 2, 3)), turned.broken_by == "turned")
 
 
+def test_without_an_attack_by_queries_in_the_suite_the_report_card_runs_one():
+    only = lambda norm, eps, bounds: {"apgd-ce": small_suite(eps)["apgd-ce"]}  # noqa: E731
+    # Gradients of zero: white-box attacks see nothing, Square does.
+    stopped = lambda x: jax.lax.stop_gradient(logits_fn(x))  # noqa: E731
+    report = jr.evaluate(
+        stopped, X, LABELS, threats={"linf": 0.1}, suite=only, key=KEY, batch_size=32,
+        card_images=24, curve_images=8, progress=False,
+    )  # fmt: skip
+    by_name = {check.name: check for check in report.threats["linf"].checks}
+    assert by_name["black box"].verdict == "flag"
+
+
 def test_corruptions_are_told_and_drawn_beside_the_attacks(found, tmp_path):
     _, report = found
     seen = {"fog": [0.9, 0.8, 0.7, 0.6, 0.5], "snow": [0.5, 0.4, 0.3, 0.2, 0.1]}
@@ -160,10 +177,11 @@ def test_corruptions_are_told_and_drawn_beside_the_attacks(found, tmp_path):
         ({"threats": {}}, "threats must name"),
         ({"threats": {"l3": 0.1}}, "norm must be one of"),
         ({"suite": "rand"}, "suite must be"),
+        ({"key": 0}, "key must be typed"),
     ],
 )
 def test_bad_settings_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         jr.evaluate(
             logits_fn, X, LABELS, **{"threats": THREATS, "key": jax.random.key(0), **change}
         )

@@ -99,7 +99,8 @@ class State(NamedTuple):
     share: Array  # [b] share of the pixels that an l1 step moves
     support: Array  # [b] how many pixels the best l1 delta moved at the last checkpoint
     fooled: Array  # [b] bool
-    found: Array  # [b, ...] delta of the first misclassification
+    found: Array  # [b, ...] delta of the firmest misclassification
+    found_loss: Array  # [b] its loss
 
 
 def begin(
@@ -140,6 +141,7 @@ def begin(
         support=jnp.full(batch, pixels, base.dtype) if plain else support,
         fooled=jnp.zeros(batch, bool),
         found=zeros,
+        found_loss=numbers,
     )
 
 
@@ -160,21 +162,26 @@ def advance(
     steps: int,
     large_radii: bool,
     rho: Number,
+    stop: bool = True,
 ) -> State:
     """One iteration, given loss [b], misclassification [b] and gradient [b, ...] at state.delta.
 
-    Examples that are fooled, or have done all their iterations, stay as they are.
+    Examples that have done all their iterations, or with `stop` are fooled, stay as they are.
+    Without it a run goes on to its largest loss, and `found` is the fooling point of the largest.
     """
     plan = table(norm, steps, large_radii)
     at = jnp.minimum(state.i, len(plan.gap) - 1)
     look = lambda column: jnp.asarray(column)[at]  # noqa: E731
-    active = (state.i < len(plan.gap)) & ~state.fooled
+    active = state.i < len(plan.gap)
+    if stop:
+        active &= ~state.fooled
     first, gap, last = look(plan.first), look(plan.gap), look(plan.last)
     wide = lambda flags: flags.reshape(-1, *(1,) * (base.ndim - 1))  # noqa: E731
     choose = lambda flags, new, old: jnp.where(wide(flags), new, old)  # noqa: E731
 
     hit = active & wrong & look(plan.counts)
-    found = choose(hit, state.delta, state.found)
+    firmest = hit & (~state.fooled | (loss > state.found_loss))
+    found = choose(firmest, state.delta, state.found)
     better = first | (loss > state.best_loss)
     best = choose(better, state.delta, state.best)
     best_grad = choose(better, grad, state.best_grad)
@@ -198,7 +205,7 @@ def advance(
         restart = balls.ball(norm).project(best, smaller, *box.room(base, bounds))
         moved = choose(last, restart, moved)
         state = _new_phase(state, last, restart, norm)
-    going = active & ~hit
+    going = active & ~hit if stop else active
     return state._replace(
         i=state.i + going,
         delta=choose(going, moved, state.delta),
@@ -207,6 +214,7 @@ def advance(
         last_loss=last_loss,
         fooled=state.fooled | hit,
         found=found,
+        found_loss=jnp.where(firmest, loss, state.found_loss),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxrobust import balls, losses
+from jaxrobust import balls, losses, metrics
 from jaxrobust.attacks import inputs, scheduler
 from jaxrobust.losses.classification import DLR_EPSILON
 
@@ -61,18 +61,19 @@ def evaluate(
     """Loss [b], misclassification [b] and gradient [b, ...] of one forward and backward pass.
 
     With `draws` > 0 the model is random, `logits_fn(x, keys, *args)`: loss and gradient are means
-    over so many draws, and an example is misclassified where most of its draws are.
+    over so many draws, and an example is misclassified where most of its draws are. A gradient that
+    is not finite is 0: it must not carry the image out of ball and box.
     """
 
     def total(x, *keys):
         logits = logits_fn(x, *keys, *args)
         values = loss(logits, rows.labels, rows.targets)
-        return values.sum(), (values, logits.argmax(1) != rows.labels)
+        return values.sum(), (values, metrics.misclassified(logits, rows.labels))
 
     gradient = jax.grad(total, has_aux=True)
     if not draws:
         grad, (values, wrong) = gradient(x)
-        return values, wrong, grad
+        return values, wrong, _finite(grad)
 
     def add(i, sums):
         grad, (values, wrong) = gradient(x, inputs.fold(rows.keys, i))
@@ -80,7 +81,11 @@ def evaluate(
 
     none = jnp.zeros(x.shape[0], x.dtype)
     values, wrong, grad = jax.lax.fori_loop(0, draws, add, (none, none, jnp.zeros_like(x)))
-    return values / draws, wrong > draws / 2, grad / draws
+    return values / draws, wrong > draws / 2, _finite(grad / draws)
+
+
+def _finite(grad):
+    return jnp.where(jnp.isfinite(grad), grad, 0)
 
 
 def predict(
@@ -89,11 +94,11 @@ def predict(
     """Misclassification [b], of most draws where the model is random, and (mean) logits."""
     if not draws:
         logits = logits_fn(x, *args)
-        return logits.argmax(1) != labels, logits
+        return metrics.misclassified(logits, labels), logits
 
     def one(i):
         logits = logits_fn(x, inputs.fold(keys, i), *args)
-        return logits.argmax(1) != labels, logits
+        return metrics.misclassified(logits, labels), logits
 
     wrong, logits = jax.lax.map(one, jnp.arange(draws))
     return wrong.mean(0) > 0.5, logits.mean(0)

@@ -201,7 +201,8 @@ def _towards_nearest(logits_fn, x, rows, args, norm):
     batch, classes = logits.shape
     own = jax.nn.one_hot(rows.labels, classes, dtype=logits.dtype)
     others = jnp.broadcast_to(jnp.eye(classes)[:, None], (classes, batch, classes))
-    gradients = jax.vmap(lambda c: pull(c)[0])(others - own)  # [classes, b, ...]
+    # One by one: side by side, a thousand classes would hold a thousand backward passes.
+    gradients = jax.lax.map(lambda c: pull(c)[0], others - own)  # [classes, b, ...]
     gaps = logits - jnp.sum(own * logits, 1, keepdims=True)
     lengths = jax.vmap(lambda g: _DUAL[norm](g.reshape(batch, -1)))(gradients).T
     distance = jnp.where(own > 0, jnp.inf, jnp.abs(gaps) / (lengths + 1e-12))

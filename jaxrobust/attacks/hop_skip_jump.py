@@ -202,7 +202,7 @@ def _hop(static, i, carry, operands):
     frame, keys, args = operands
     is_adv = _oracle(static, frame, args)
     distance = nearest.norms(point - frame.x, attack.norm)
-    radius = distance / math.prod(point.shape[1:])
+    radius = attack.gamma * distance / math.prod(point.shape[1:])
     radius = jnp.where(i == 0, 0.1 * nearest.widths(attack.bounds), radius)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
     direction = _normal(attack, is_adv, frame, point, radius, keys, i)

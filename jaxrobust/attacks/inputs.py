@@ -53,12 +53,13 @@ def check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float]:
     return (low, high)
 
 
-def check_images(x: Any, bounds: tuple[float, float]) -> Array:
+def check_images(x: Any, bounds: tuple[float, float], name: str = "x") -> Array:
     """The batch as an array, after checks of rank, type and range.
 
     Args:
         x: [b, ...] float, inside `bounds` up to 1e-6. The range of a traced x is not looked at.
         bounds: the box.
+        name: what to call x in an error.
 
     Raises:
         TypeError: x is not floating point.
@@ -66,13 +67,13 @@ def check_images(x: Any, bounds: tuple[float, float]) -> Array:
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must be floating point in {bounds}, got {x.dtype}")
+        raise TypeError(f"{name} must be floating point in {bounds}, got {x.dtype}")
     if x.ndim < 2:
-        raise ValueError(f"x must be a batch [b, ...] of rank >= 2, got shape {x.shape}")
+        raise ValueError(f"{name} must be a batch [b, ...] of rank >= 2, got shape {x.shape}")
     if not isinstance(x, jax.core.Tracer) and x.size:
         low, high = _range(x)
         if not (low >= bounds[0] - _ULP and high <= bounds[1] + _ULP and math.isfinite(low + high)):
-            raise ValueError(f"x must lie in {bounds}, got values in [{low:g}, {high:g}]")
+            raise ValueError(f"{name} must lie in {bounds}, got values in [{low:g}, {high:g}]")
     return x
 
 

@@ -47,8 +47,6 @@ class Patch:
         Raises:
             ValueError: also for a window that is larger than the image.
         """
-        if any(side > whole for side, whole in zip(self.size, jnp.shape(x)[1:3], strict=False)):
-            raise ValueError(f"size must fit into the image, got {self.size} for {jnp.shape(x)}")
         return classifier.break_batch(self, logits_fn, x, labels, key, mask, args)
 
     @property
@@ -103,6 +101,8 @@ class Search:
     def begin(self, rows: scheduler.Rows) -> State:
         """No place yet: the random start covers the image, and is cut to the window later."""
         count, height, width = rows.x.shape[:3]
+        if self.size[0] > height or self.size[1] > width:
+            raise ValueError(f"size must fit into {height}x{width} images, got {self.size}")
         window = jnp.zeros((count, height, width, 1), rows.x.dtype)
         return State(jnp.zeros(count, bool), window, self.inner.begin(rows))
 

@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from jaxrobust import parallel
-from jaxrobust.attacks import loop
+from jaxrobust import metrics, parallel
+from jaxrobust.attacks import inputs, loop
 
 # The smaller shape has this share of the slots.
 _TAIL = 8
@@ -117,7 +117,8 @@ def run(
     slots: int = 128,
     mesh: Mesh | None = None,
     go_on: bool = True,
-) -> int:
+    on_turn: Callable[[int], None] = lambda computed: None,
+) -> None:
     """Runs every job (example, round), and then the later rounds of examples that hold.
 
     Args:
@@ -130,27 +131,24 @@ def run(
         slots: examples at a time; a multiple of the devices.
         mesh: devices that the slots are spread over.
         go_on: follow a round that ends without success by the example's next one.
-
-    Returns:
-        How many iterations of one example were computed, idle slots included.
+        on_turn: told now and then how many iterations of one example were computed, idle slots
+            included, before `on_done` hears what came of them.
     """
     waiting = collections.deque(jobs)
-    pool = _Pool(search, logits_fn, problem, args, mesh, _fitting(slots, len(waiting), mesh))
-    computed = 0
+    pool = _Pool(search, logits_fn, problem, args, mesh, fitting(slots, len(waiting), mesh))
     while waiting or pool.busy:
         pool.fill(waiting)
-        small = _fitting(slots, pool.busy, mesh)
+        small = fitting(slots, pool.busy, mesh)
         if not waiting and small < pool.slots:
             pool.shrink(small)
-        computed += pool.slots * search.chunk
+        on_turn(pool.slots * search.chunk)
         for example, number, x_adv in pool.turn():
             on_done(example, number, x_adv is not None, x_adv)
             if go_on and x_adv is None and number + 1 < search.rounds:
                 waiting.append((example, number + 1))
-    return computed
 
 
-def _fitting(slots, needed, mesh):
+def fitting(slots: int, needed: int, mesh: Mesh | None) -> int:
     """The smaller of the two shapes if that is enough."""
     devices = mesh.size if mesh else 1
     small = max(slots // _TAIL // devices, 1) * devices
@@ -280,13 +278,15 @@ _FRESH = 2**20
 def confirmed(search: Search, logits_fn: Callable, x_adv: Array, rows: Rows, args: tuple) -> Array:
     """Misclassification [b] of the images that are handed out: at the boundary, ties may flip.
 
-    A random model is asked anew, and most of its draws decide.
+    A random model is asked anew, and most of its draws decide. What is not finite is no image.
     """
-    if not search.draws:
-        return logits_fn(x_adv, *args).argmax(1) != rows.labels
 
-    def ask(i):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, _FRESH + i)
-        return logits_fn(x_adv, keys, *args).argmax(1) != rows.labels
+    def ask(*keys):
+        return metrics.misclassified(logits_fn(x_adv, *keys, *args), rows.labels)
 
-    return jax.lax.map(ask, jnp.arange(search.draws)).mean(0) > 0.5
+    if search.draws:
+        draw = lambda i: ask(inputs.fold(rows.keys, _FRESH + i))  # noqa: E731
+        wrong = jax.lax.map(draw, jnp.arange(search.draws)).mean(0) > 0.5
+    else:
+        wrong = ask()
+    return wrong & jnp.isfinite(x_adv).all(tuple(range(1, x_adv.ndim)))

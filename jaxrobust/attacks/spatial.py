@@ -6,6 +6,7 @@ attack = spatial(shift=0.1, rotation=30)    # attack(logits_fn, x, labels, key)
 import dataclasses
 import functools
 import itertools
+import math
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -164,14 +165,14 @@ def spatial(
     shift: float | int = 0.1,
     rotation: float | int = 30.0,
     grid: tuple[int, ...] = (5, 5, 31),
-    bounds: tuple[float, float] | None = (0.0, 1.0),
+    bounds: tuple[float, float] = (0.0, 1.0),
     loop: str = "auto",
 ) -> Spatial:
     """The worst rotation and shift of a grid; arguments as the attributes of `Spatial`.
 
     Raises:
-        ValueError: eps outside [0, 1], a shift outside [0, 1), a rotation outside [0, 180] or a
-            grid that is not three whole numbers >= 1.
+        ValueError: eps outside [0, 1], a shift outside [0, 1), a rotation outside [0, 180], a
+            grid that is not three whole numbers >= 1, or bounds that are not finite.
     """
     inputs.check_number("eps", eps, low=0)
     if np.max(eps) > 1:
@@ -184,6 +185,8 @@ def spatial(
         raise ValueError(f"grid must be three whole numbers >= 1, got {grid!r}")
     inputs.check_loop(loop)
     bounds = inputs.check_bounds(bounds)
+    if not math.isfinite(bounds[0]):
+        raise ValueError(f"bounds must be finite, got {bounds}: the lower one fills the border")
     return Spatial(
         eps=eps, shift=float(shift), rotation=float(rotation), grid=tuple(grid), bounds=bounds,
         loop=loop,

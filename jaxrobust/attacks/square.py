@@ -134,6 +134,7 @@ class Search:
         wide = lambda a: a.reshape(-1, *(1,) * (rows.x.ndim - 1))  # noqa: E731
         proposal = jnp.where(wide(state.i == 0), state.delta, self._proposal(state, rows))
         margin = -losses.margin(logits_fn(rows.x + proposal, *args), rows.labels)
+        margin = jnp.where(jnp.isnan(margin), -jnp.inf, margin)  # no answer is a wrong one
         active = (state.i <= self.queries) & (state.margin > 0)
         better = active & ((margin < state.margin) | (margin <= 0))
         return State(

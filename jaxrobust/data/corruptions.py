@@ -7,6 +7,7 @@ Source: Hendrycks and Dietterich 2019 (ImageNet-C).
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 # The package's smallest image, and the corruptions that take their own seed.
 _LEAST = 32
+_ULP = 1e-6  # by so much images may leave [0, 1], as for the attacks
 _SEEDED = ("impulse_noise", "glass_blur")
 
 
@@ -60,29 +62,48 @@ def corrupt(
     """
     images = np.asarray(images)
     indices = range(len(images)) if indices is None else indices
+    check_images(images)
     _check(images, name, severity, indices)
-    package = require("imagecorruptions", "imagecorruptions-imaug", "common corruptions")
-    whole = np.round(images * 255).astype(np.uint8)
+    apply = package().corrupt
+    whole = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
     corrupted = np.empty(images.shape, np.float32)
     label = f"{name} {severity}"
     for row, index in enumerate(tqdm(indices, desc=label, unit="image", disable=not progress)):
         number = _number(seed, CORRUPTIONS.index(name), severity, index)
         own = {"seed": number} if name in _SEEDED else {}
         with _seeded(number):
-            found = package.corrupt(_framed(whole[row]), severity, name, **own)
+            found = apply(_framed(whole[row]), severity, name, **own)
         corrupted[row] = _unframed(found, images.shape[1:]) / 255
     return corrupted
 
 
-def _check(images, name, severity, indices):
+def package() -> ModuleType:
+    """The package of the corruptions.
+
+    Raises:
+        ImportError: it is not installed; the message has the command that brings it.
+    """
+    return require("imagecorruptions", "imagecorruptions-imaug", "common corruptions")
+
+
+def check_images(images: Any) -> None:
+    """Refuses images that cannot be corrupted.
+
+    Raises:
+        ValueError: they are not [n, h, w, 1 or 3], not float, or outside [0, 1] by over 1e-6.
+    """
+    images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images must be [n, h, w, 1 or 3], got shape {images.shape}")
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"images must be float in [0, 1], got {images.dtype}")
-    if images.size and not (images.min() >= 0 and images.max() <= 1):
+    if images.size and not (images.min() >= -_ULP and images.max() <= 1 + _ULP):
         raise ValueError(
             f"images must be in [0, 1], got values from {images.min():g} to {images.max():g}"
         )
+
+
+def _check(images, name, severity, indices):
     if name not in CORRUPTIONS:
         raise ValueError(f"name must be one of {', '.join(CORRUPTIONS)}, got {name!r}")
     if severity not in SEVERITIES:

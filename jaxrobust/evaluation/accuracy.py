@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxrobust import losses, parallel
+from jaxrobust import losses, metrics, parallel
 from jaxrobust.attacks.inputs import check_labels, example_keys
 
 Apply = Callable[..., jax.Array]
@@ -133,7 +133,7 @@ def _correct_at_each(apply, attack, radii, variables, images, labels, keys):
 
 @jax.jit(static_argnums=0)
 def _correct(apply, variables, images, labels):
-    return apply(variables, images).argmax(1) == labels
+    return ~metrics.misclassified(apply(variables, images), labels)
 
 
 @dataclasses.dataclass(frozen=True)

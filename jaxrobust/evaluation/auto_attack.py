@@ -26,7 +26,10 @@ from jaxrobust.attacks import classifier, inputs, scheduler
 from jaxrobust.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from jaxrobust.attacks.fab import fab, fab_t
 from jaxrobust.attacks.square import square
-from jaxrobust.evaluation.ledger import Ledger
+from jaxrobust.evaluation.ledger import CLEAN, HOLDS, Ledger
+
+# Logits that a state keeps, to tell models apart.
+_KEPT_LOGITS = 100_000
 
 VERSIONS = ("standard", "plus", "rand", "custom")
 
@@ -42,8 +45,8 @@ class AutoAttackResult(NamedTuple):
             if it holds.
         accuracy: by stage, "clean" first: the share that still holds after it.
         seconds: by attack, compilation included.
-        iterations: by attack: how often an image was evaluated, idle slots included; after an
-            interruption, since then.
+        iterations: by attack: how often an image was evaluated, idle slots included; what an
+            interruption lost is not counted.
         notes: what a reader of the figure must know.
     """
 
@@ -153,21 +156,26 @@ def auto_attack(
             f"eps must be in the unit of the images, which lie in {bounds}, got {np.max(eps):g}: "
             "8 / 255, not 8"
         )
+    if version == "custom":
+        _check_attacks(attacks, eps, bounds)
     chosen = dict(attacks) if version == "custom" else suite(version, norm, eps, bounds)
     draws = {attack.draws for attack in chosen.values()}
     if len(draws) > 1:
         raise ValueError(f"attacks must agree on draws of a random model, got {sorted(draws)}")
     slots = _slots(batch_size, mesh)
-    correct, targets, classes = _clean_pass(
-        logits_fn, images, labels, keys, args, draws.pop(), slots, mesh
+    draws = draws.pop()
+    correct, targets, logits = _clean_pass(
+        logits_fn, images, labels, keys, args, draws, slots, mesh
     )
+    classes = logits.shape[1]
     searches = {name: attack.search(classes) for name, attack in chosen.items()}
     ledger = Ledger(
         state,
         save_every,
-        _fingerprint(images, labels, keys, correct, targets, chosen),
+        _fingerprint(images, labels, keys, chosen),
         images,
         correct,
+        logits[: max(_KEPT_LOGITS // classes, 1)],
         tuple(chosen),
     )
     for number, (name, search) in enumerate(searches.items()):
@@ -189,10 +197,11 @@ def auto_attack(
                 bar.update(broken or number + 1 == rounds)
                 bar.set_postfix_str(f"{ledger.robust.mean():.1%} hold", refresh=False)
 
-            computed = scheduler.run(
-                search, logits_fn, problem, jobs, done, args=args, slots=slots, mesh=mesh
-            )
-        ledger.end(name, computed)
+            scheduler.run(
+                search, logits_fn, problem, jobs, done, args=args, slots=slots, mesh=mesh,
+                on_turn=ledger.spend,
+            )  # fmt: skip
+        ledger.end(name)
     return AutoAttackResult(
         x_adv=ledger.x_adv,
         robust=ledger.robust,
@@ -200,7 +209,7 @@ def auto_attack(
         accuracy=ledger.accuracy,
         seconds=ledger.seconds,
         iterations=ledger.iterations,
-        notes=tuple(_notes(chosen, classes)),
+        notes=tuple(_notes(chosen, classes, draws)),
     )
 
 
@@ -215,7 +224,7 @@ def check_examples(
     images = np.asarray(images)
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
-    inputs.check_images(images, inputs.check_bounds(bounds))
+    inputs.check_images(images, inputs.check_bounds(bounds), "images")
     labels = np.asarray(labels)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
@@ -244,7 +253,8 @@ def _radii(eps, images):
 
 
 def _clean_pass(logits_fn, images, labels, keys, args, draws, slots, mesh):
-    """Correctness [n], the likeliest wrong classes [n, t], and the number of classes."""
+    """Correctness [n], the likeliest wrong classes [n, t], and the logits [n, classes]."""
+    slots = scheduler.fitting(slots, len(images), mesh)
     place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
     one = jax.ShapeDtypeStruct((slots, *images.shape[1:]), np.float32)
     extra = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots)),) if draws else ()
@@ -265,15 +275,33 @@ def _clean_pass(logits_fn, images, labels, keys, args, draws, slots, mesh):
             f"logits_fn must return finite logits, got others for {len(bad)} images, "
             f"the first at row {bad[0]}"
         )
-    return correct, targets, classes
+    return correct, targets, logits
 
 
-def _fingerprint(images, labels, keys, correct, targets, chosen):
-    """Tells whether a state belongs to this evaluation: its data, its attacks, and its model."""
+def _check_attacks(attacks, eps, bounds):
+    """Refuses what is no attack on a classifier, or attacks beyond the threat that is named."""
+    for name, attack in attacks.items():
+        if name in (HOLDS, CLEAN):
+            raise ValueError(f"attacks must have names of their own, got {name!r}")
+        if not hasattr(attack, "search"):
+            raise ValueError(
+                "attacks must be attacks on a classifier that end at a misclassification, such as "
+                f"jr.apgd_ce, got {type(attack).__name__} for {name!r}"
+            )
+        if tuple(attack.bounds) != tuple(bounds):
+            raise ValueError(f"attacks must have bounds {bounds}, got {attack.bounds} for {name!r}")
+        if attack.eps is None or np.max(attack.eps) > np.max(eps) * (1 + 1e-6):
+            raise ValueError(
+                f"attacks must stay within eps {np.max(eps):g}, got {attack.eps} for {name!r}"
+            )
+
+
+def _fingerprint(images, labels, keys, chosen):
+    """Tells whether a state belongs to this evaluation: data, and attacks in their order."""
     digest = hashlib.sha256()
-    for part in (images, labels, jax.random.key_data(keys), correct, targets[:, :1]):
+    for part in (images, labels, jax.random.key_data(keys)):
         digest.update(np.ascontiguousarray(part).tobytes())
-    words = {name: dataclasses.asdict(attack) for name, attack in chosen.items()}
+    words = [[name, dataclasses.asdict(attack)] for name, attack in chosen.items()]
     digest.update(json.dumps(words, sort_keys=True, default=_plain).encode())
     return digest.hexdigest()
 
@@ -283,7 +311,12 @@ def _plain(value):
     return value.__qualname__ if callable(value) else np.asarray(value).tolist()
 
 
-def _notes(chosen, classes):
+def _notes(chosen, classes, draws):
+    if draws:
+        yield (
+            f"random model: an image counts as right where most of {draws} draws are, before an "
+            "attack as after it"
+        )
     if classes < 4 and any("-t" in name for name in chosen):
         used = "the margin" if classes == 2 else "the margin in units of the logits' range"
         yield f"{classes} classes: the targeted DLR needs 4, APGD-T climbs {used} instead"

@@ -96,6 +96,12 @@ def beaten(name: str, only: np.ndarray, attack: str, advice: str) -> Check:
     return _judged(name, only.mean(), _share(BEATEN, len(only)), found, advice)
 
 
+def black_box(only: np.ndarray) -> Check:
+    """An attack by queries breaks nothing that white-box attacks leave; `only` as in `beaten`."""
+    advice = "gradients are masked, so believe the lower figure and attack with more queries"
+    return beaten("black box", only, "An attack by queries", advice)
+
+
 def large_radius(curve: Mapping[float, float], classes: int, count: int) -> Check:
     """At a radius where every image can become plain grey, next to nothing is right."""
     radius, chance = max(curve), 1 / classes

@@ -8,6 +8,7 @@ Robust accuracy is the per-example worst case over all attacks of all threats.
 import importlib.util
 import io
 import numbers
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrobust import attacks, balls, flops, metrics
-from jaxrobust.attacks import classifier, scheduler
+from jaxrobust.attacks import classifier, inputs, scheduler
+from jaxrobust.evaluation import checks
 from jaxrobust.evaluation.accuracy import AsApply, accuracy_curve
 from jaxrobust.evaluation.auto_attack import AutoAttackResult, auto_attack
 from jaxrobust.evaluation.auto_attack import suite as attacks_of
@@ -81,16 +83,18 @@ def evaluate(
     """
     if not callable(suite) and suite not in ("standard", "plus"):
         raise ValueError(f"suite must be 'standard', 'plus' or a function, got {suite!r}")
+    inputs.example_keys(key, 1)
     _check_threats(threats)
-    check_corruptions(corruptions, bounds)
+    check_corruptions(corruptions, images, bounds)
     folder = None if out is None else Path(out)
     subject = _Subject(
         logits_fn, images, labels, args, bounds, suite, curve_images, card_images, batch_size,
         mesh, folder, progress,
     )  # fmt: skip
     reports = {
-        name: subject.threat(name, threat, jax.random.fold_in(key, number))
-        for number, (name, threat) in enumerate(threats.items())
+        # By name: a threat that is added later leaves the others' keys as they are.
+        name: subject.threat(name, threat, jax.random.fold_in(key, zlib.crc32(name.encode())))
+        for name, threat in threats.items()
     }
     robust = np.logical_and.reduce([threat.robust for threat in reports.values()])
     report = Report(
@@ -170,7 +174,7 @@ class _Subject(NamedTuple):
             curve=self._curve(name, eps, key) if of_norm else {},
             robust=result.robust,
             broken_by=result.broken_by,
-            checks=self._card(name, eps, key, result) if of_norm else (),
+            checks=self._card(name, eps, key, chosen, result) if of_norm else (),
             notes=result.notes,
         )
 
@@ -216,25 +220,26 @@ class _Subject(NamedTuple):
         rows = slice(0, self.curve_images)
         apply = AsApply(self.logits_fn)
         held = accuracy_curve(
-            apply, self.args, self.images[rows], self.labels[rows], attack, radii, key=key
-        )
+            apply, self.args, self.images[rows], self.labels[rows], attack, radii, key=key,
+            batch_size=max(self.batch_size // len(radii), 1),
+        )  # fmt: skip
         return {"eps": radii, "accuracy": held.mean(1).tolist()}
 
-    def _card(self, norm, eps, key, result):
+    def _card(self, norm, eps, key, chosen, result):
+        """The report card; Square's verdict is on all images if the suite has it."""
+        squares = [name for name, attack in chosen.items() if isinstance(attack, attacks.Square)]
+        by_queries = np.isin(result.broken_by, squares)
         rows = slice(0, self.card_images)
-        by_queries = result.broken_by[rows] == "square"
-        return report_card(
-            self.logits_fn,
-            self.images[rows],
-            self.labels[rows],
-            eps=eps,
-            norm=norm,
-            key=key,
-            args=self.args,
-            bounds=self.bounds,
-            white_box=result.robust[rows] | by_queries,
-            black_box=result.robust[rows],
-        )
+        card = report_card(
+            self.logits_fn, self.images[rows], self.labels[rows], eps=eps, norm=norm, key=key,
+            args=self.args, bounds=self.bounds, batch_size=self.batch_size,
+            white_box=(result.robust | by_queries)[rows],
+            black_box=result.robust[rows] if squares else None,
+        )  # fmt: skip
+        if not squares:
+            return card
+        on_all = checks.black_box(by_queries)
+        return tuple(on_all if check.name == on_all.name else check for check in card)
 
 
 def _wilson(flags):

@@ -36,16 +36,26 @@ class Ledger:
         fingerprint: str,
         images: np.ndarray,
         correct: np.ndarray,
+        logits: np.ndarray,
         attacks: tuple[str, ...],
     ):
         """A fresh record, or the one in the file.
+
+        Args:
+            path: of the file, or None.
+            save_every: seconds.
+            fingerprint: of images, labels, keys and attacks.
+            images: [n, ...].
+            correct: [n] bool: clean.
+            logits: [m, classes] of the first images: by these another model is told apart.
+            attacks: their names, in order.
 
         Raises:
             CheckpointError: the file is damaged or belongs to another evaluation.
         """
         self.path = None if path is None else Path(path)
         self.save_every, self.fingerprint = save_every, fingerprint
-        self.images = images
+        self.images, self.logits = images, logits
         self.names = (HOLDS, CLEAN, *attacks)
         self.x_adv = images.copy()
         self.robust = correct.copy()
@@ -74,7 +84,7 @@ class Ledger:
     def begin(self, name: str) -> None:
         """Notes that an attack begins, or goes on."""
         if self.current != name:
-            self.current, self.rounds[:] = name, 0
+            self.current, self.rounds[:], self.iterations[name] = name, 0, 0
         self._begun = time.monotonic() - self.seconds.get(name, 0.0)
 
     def record(self, example: int, round_number: int, x_adv: np.ndarray | None) -> None:
@@ -88,9 +98,12 @@ class Ledger:
         if waited > max(self.save_every, self._cost / _WRITING):
             self.save()
 
-    def end(self, name: str, iterations: int) -> None:
-        """Notes that an attack has seen all, and what it computed since the last interruption."""
-        self.iterations[name] = iterations
+    def spend(self, iterations: int) -> None:
+        """Notes what the current attack has computed."""
+        self.iterations[self.current] += iterations
+
+    def end(self, name: str) -> None:
+        """Notes that an attack has seen all."""
         self.seconds[name] = time.monotonic() - self._begun
         self.accuracy[name] = _mean(self.robust)
         self.finished.append(name)
@@ -120,6 +133,7 @@ class Ledger:
             robust=self.robust,
             broken_by=self.broken_by,
             rounds=self.rounds,
+            logits=self.logits,
             broken=broken,
             x_adv=self.x_adv[broken],
         )
@@ -136,7 +150,7 @@ class Ledger:
             theirs = words["fingerprint"]
         except Exception as error:
             raise CheckpointError(f"{self.path}: no state of an evaluation ({error})") from error
-        if theirs != self.fingerprint:
+        if theirs != self.fingerprint or not same_logits(found["logits"], self.logits):
             raise CheckpointError(
                 f"{self.path}: the state of another evaluation (other images, labels, model, key "
                 "or attacks): name another file or remove this one"
@@ -147,6 +161,14 @@ class Ledger:
         self.finished, self.current = words["finished"], words["current"]
         self.seconds, self.accuracy = words["seconds"], words["accuracy"]
         self.iterations = words["iterations"]
+
+
+def same_logits(theirs: np.ndarray, ours: np.ndarray) -> bool:
+    """Equal but for the rounding of another device or batch size."""
+    if theirs.shape != ours.shape:
+        return False
+    scale = np.abs(ours).max(initial=0)
+    return bool(np.allclose(theirs, ours, rtol=1e-3, atol=1e-4 * scale))
 
 
 def _mean(flags: Any) -> float:

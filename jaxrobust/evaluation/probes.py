@@ -1,5 +1,6 @@
 """What the report card measures on a model: slopes, kinks, repeatability, and a plain ascent."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jaxtyping import Array
 
 from jaxrobust import balls, losses
 from jaxrobust.attacks import box, classifier, inputs, scheduler
+from jaxrobust.attacks.adaptive import bpda
 
 # Half of a finite difference, in units of the box: far above float32's rounding of a logit, far
 # below an eps. Larger steps meet more kinks of honest ReLU networks.
@@ -198,8 +200,6 @@ def ascend(
         rows = _rows(x, labels, inputs.fold(keys, i) if draws else keys)
         loss = _cross_entropy
         _, wrong, grad = classifier.evaluate(logits_fn, loss, x + delta, rows, args, draws)
-        # A gradient that is not finite must not carry the image out of the box.
-        grad = jnp.where(jnp.isfinite(grad), grad, 0)
         moved = ball.project(delta + ball.ascend(grad, step_size, eps, *room), eps, *room)
         return jnp.where(i < steps, moved, delta), broken | wrong
 
@@ -226,48 +226,33 @@ def repeat_difference(logits_fn: LogitsFn, x: Array, args: tuple) -> float:
     return float(np.abs(first - second).max()) / size
 
 
+@dataclasses.dataclass(frozen=True)
 class FixedDraw:
     """A random model held to one draw, (x, key, *args) -> logits: what a query attack asks."""
 
-    def __init__(self, logits_fn: LogitsFn):
-        """Equal for equal `logits_fn`, so that it compiles once."""
-        self.logits_fn = logits_fn
-
-    def __eq__(self, other: Any) -> bool:
-        return type(self) is type(other) and self.logits_fn == other.logits_fn
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.logits_fn))
+    logits_fn: LogitsFn
 
     def __call__(self, x: Array, key: Array, *args: Any) -> Array:
         """Every row draws alike."""
         return self.logits_fn(x, jnp.broadcast_to(key, x.shape[:1]), *args)
 
 
+@dataclasses.dataclass(frozen=True)
 class StraightThrough:
     """classify(preprocess(x)) whose backward pass takes the pre-processor for the identity.
 
     A pre-processor that changes the image's size is taken for a linear resize.
-
-    Source: Athalye et al. 2018, section 4.1 (BPDA).
     """
 
-    def __init__(self, preprocess: LogitsFn, classify: LogitsFn):
-        """Equal for equal parts, so that it compiles once."""
-        self.parts = (preprocess, classify)
-
-    def __eq__(self, other: Any) -> bool:
-        return type(self) is type(other) and self.parts == other.parts
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.parts))
+    preprocess: LogitsFn
+    classify: LogitsFn
 
     def __call__(self, x: Array, *args: Any) -> Array:
         """Logits, exactly those of the forward pass up to rounding."""
-        preprocess, classify = self.parts
-        seen = jax.lax.stop_gradient(preprocess(x, *args))
-        near = x if seen.shape == x.shape else jax.image.resize(x, seen.shape, "linear")
-        return classify(seen + (near - jax.lax.stop_gradient(near)), *args)
+        shape = jax.eval_shape(self.preprocess, x, *args).shape
+        resized = lambda x, *_: jax.image.resize(x, shape, "linear")  # noqa: E731
+        seen = bpda(self.preprocess, None if shape == x.shape else resized)(x, *args)
+        return self.classify(seen, *args)
 
 
 def _rows(x, labels, keys):
