@@ -177,7 +177,7 @@ def test_corruptions_are_told_and_drawn_beside_the_attacks(found, tmp_path):
         ({"threats": {}}, "threats must name"),
         ({"threats": {"l3": 0.1}}, "norm must be one of"),
         ({"suite": "rand"}, "suite must be"),
-        ({"key": 0}, "key must be typed"),
+        ({"key": jnp.zeros(2, jnp.uint32)}, "key must be typed"),
     ],
 )
 def test_bad_settings_are_named(change, message):
