@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from jaxrobust.data.dataset import Dataset, Source, decoding_pool
+from jaxrobust.data.dataset import Dataset, Examples, Source, decoding_pool
 
 Batch = dict[str, np.ndarray]
 
@@ -115,8 +115,9 @@ def batches(
         workers: decoding threads of a source; None is one per core, at most 16.
 
     Yields:
-        dict(image [b, h, w, c] float32, label [b] int32, index [b] int32), and with `pad`
-        weight [b] float32; b = batch_size / process_count.
+        dict(image [b, h, w, c] float32, label [b] int32, index [b] int32), with salience
+        [b, h, w, 1] float32 of a set that carries maps, and with `pad` weight [b] float32;
+        b = batch_size / process_count.
 
     Raises:
         ValueError: a number is out of its range, before the first batch is asked for.
@@ -157,19 +158,22 @@ def _share(
     return chosen[part], None if weight is None else weight[part]
 
 
-def _batch(images: np.ndarray, labels: np.ndarray, indices: np.ndarray, weight: object) -> Batch:
-    batch = {"image": images, "label": labels, "index": indices}
-    return batch if weight is None else {**batch, "weight": weight}
+def _batch(examples: Examples, weight: np.ndarray | None) -> Batch:
+    batch = {"image": examples.images, "label": examples.labels, "index": examples.indices}
+    further = {"salience": examples.salience, "weight": weight}
+    return batch | {name: column for name, column in further.items() if column is not None}
 
 
 def _gather(dataset: Dataset, chosen: np.ndarray, weight: np.ndarray | None) -> Batch:
-    return _batch(dataset.images[chosen], dataset.labels[chosen], dataset.indices[chosen], weight)
+    salience = None if dataset.salience is None else dataset.salience[chosen]
+    columns = (dataset.images, dataset.labels, dataset.indices)
+    return _batch(Examples(*(column[chosen] for column in columns), salience), weight)
 
 
 def _decoded(source: Source, shares: Iterator, workers: int) -> Iterator[Batch]:
     with decoding_pool(workers) as pool:
         for chosen, weight in shares:
-            yield _batch(*source.take(chosen, pool), weight)
+            yield _batch(source.take(chosen, pool), weight)
 
 
 def stream(

@@ -25,7 +25,11 @@ DIGITS_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa2
 
 
 def image_features(
-    shape: tuple[int | None, int | None, int], classes: int | tuple[str, ...], encoding: str
+    shape: tuple[int | None, int | None, int],
+    classes: int | tuple[str, ...],
+    encoding: str,
+    *,
+    salience: bool = False,
 ) -> tfds.features.FeaturesDict:
     """The features of every builder of this package: image, label and the example's own index.
 
@@ -33,6 +37,7 @@ def image_features(
         shape: (h, w, c), None where images differ.
         classes: the class names, or their number where the archive brings the names.
         encoding: "png" or "jpeg".
+        salience: with a map of the depicted thing, a grey PNG of the image's size.
 
     Returns:
         The TFDS features.
@@ -42,13 +47,14 @@ def image_features(
         if isinstance(classes, int)
         else tfds.features.ClassLabel(names=list(classes))
     )
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=shape, encoding_format=encoding),
-            "label": label,
-            "index": tfds.features.Scalar(np.int64),
-        }
-    )
+    features = {
+        "image": tfds.features.Image(shape=shape, encoding_format=encoding),
+        "label": label,
+        "index": tfds.features.Scalar(np.int64),
+    }
+    if salience:
+        features["salience"] = tfds.features.Image(shape=(*shape[:2], 1), encoding_format="png")
+    return tfds.features.FeaturesDict(features)
 
 
 def stratified_order(labels: Integer[np.ndarray, "n"], seed: int) -> Int[np.ndarray, "n"]:

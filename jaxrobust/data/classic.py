@@ -62,7 +62,7 @@ def fetch(dl_manager: Any, url: str) -> Path:
         ConnectionError: it cannot be downloaded; the message says where to put it by hand.
         ValueError: it is not the file that is expected there.
     """
-    name = url.rsplit("/", 1)[1]
+    name = url.rsplit("/", 1)[1].partition("?")[0]
     place = dl_manager.download_dir / "manual" / name
     try:
         if not place.exists() and not _is_cached(dl_manager, url):

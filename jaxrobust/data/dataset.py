@@ -25,12 +25,24 @@ class Dataset(NamedTuple):
         labels: [n] int32 in [0, len(class_names)).
         indices: [n] int32, an id that stays with the example whatever the split or order.
         class_names: one name per class, in the order of the labels.
+        salience: [n, h, w, 1] float32 in [0, 1], 1 where the depicted thing is; None without maps.
+            (An attack's `mask` is the opposite, 1 where a pixel may change.)
     """
 
     images: Float[np.ndarray, "n h w c"]
     labels: Int[np.ndarray, "n"]
     indices: Int[np.ndarray, "n"]
     class_names: tuple[str, ...]
+    salience: Float[np.ndarray, "n h w 1"] | None = None
+
+
+class Examples(NamedTuple):
+    """Some decoded examples of a `Source`; the fields are those of `Dataset`."""
+
+    images: Float[np.ndarray, "b h w c"]
+    labels: Int[np.ndarray, "b"]
+    indices: Int[np.ndarray, "b"]
+    salience: Float[np.ndarray, "b h w 1"] | None
 
 
 class Record(NamedTuple):
@@ -40,6 +52,7 @@ class Record(NamedTuple):
     label: int
     index: int
     origin: str
+    salience: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,41 +81,76 @@ class Source:
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         if not -self.count <= position < self.count:
             raise IndexError(f"position must be below {self.count}, got {position}")
-        images, labels, indices = self.take([position % self.count])
-        return {"image": images[0], "label": labels[0], "index": indices[0]}
+        examples = self.take([position % self.count])
+        one = {"image": examples.images, "label": examples.labels, "index": examples.indices}
+        if examples.salience is not None:
+            one["salience"] = examples.salience
+        return {name: column[0] for name, column in one.items()}
 
     def take(
         self, positions: Sequence[int] | Int[np.ndarray, "b"], pool: Executor | None = None
-    ) -> tuple[Float[np.ndarray, "b h w c"], Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
-        """Images, labels and indices of the examples at `positions`, decoded by `pool`'s threads.
+    ) -> Examples:
+        """The examples at `positions`, decoded by `pool`'s threads.
 
         Args:
             positions: b places in [0, len(self)).
             pool: where to decode large images; None decodes in the calling thread.
 
         Returns:
-            [b, h, w, c] float32 in [0, 1], [b] int32 labels, [b] int32 indices.
+            Images, labels, indices and, where the records have them, salience maps that were
+            resized and cropped with their images.
 
         Raises:
-            ValueError: an image cannot be read, or the images differ in shape and `size` is None.
+            ValueError: an image or a map cannot be read, the images differ in shape and `size` is
+                None, or a map has another size than its image.
         """
         records = self.read([int(position) for position in positions])
         # Below some 16 kB handing an image to a thread costs more than decoding it.
         threads = pool is not None and sum(len(r.encoded) for r in records) > 2**14 * len(records)
-        images = _stack((pool.map if threads else map)(self._decode, records), records)
+        apply = pool.map if threads else map
+        images = _stack(apply(self._decode, records), records)
         images /= np.float32(self.levels)
+        salience = None
+        if records[0].salience is not None:
+            salience = _stack(apply(self._decode_salience, records), records, "salience maps")
+            salience /= np.float32(255)
         labels = np.array([record.label for record in records], np.int32)
-        return images, labels, np.array([record.index for record in records], np.int32)
+        indices = np.array([record.index for record in records], np.int32)
+        return Examples(images, labels, indices, salience)
 
     def _decode(self, record: Record) -> UInt8[np.ndarray, "h w c"] | None:
-        try:
-            return decode_image(record.encoded, self.channels, self.size)
-        except (OSError, SyntaxError, ValueError):  # what pillow raises on a damaged file
-            return None
+        return _decoded_or_none(record.encoded, self.channels, self.size)
+
+    def _decode_salience(self, record: Record) -> UInt8[np.ndarray, "h w 1"] | None:
+        # Before any resizing, after which a map of another shape would be displaced unnoticed.
+        shape, expected = _stored_shape(record.salience), _stored_shape(record.encoded)
+        if shape != expected:
+            raise ValueError(
+                f"the salience map of {record.origin} must have its image's size {expected}, "
+                f"got {shape}"
+            )
+        return _decoded_or_none(record.salience, 1, self.size)
+
+
+def _decoded_or_none(encoded: bytes, channels: int, size: int | None) -> np.ndarray | None:
+    try:
+        return decode_image(encoded, channels, size)
+    except (OSError, SyntaxError, ValueError):  # what pillow raises on a damaged file
+        return None
+
+
+def _stored_shape(encoded: bytes) -> tuple[int, int] | None:
+    """(height, width) from an image file's header; None if it is damaged."""
+    image_module = require("PIL.Image", "pillow", "decoding images")
+    try:
+        with image_module.open(io.BytesIO(encoded)) as opened:
+            return opened.height, opened.width
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def _stack(
-    decoded: Iterator[np.ndarray | None], records: list[Record]
+    decoded: Iterator[np.ndarray | None], records: list[Record], what: str = "images"
 ) -> Float[np.ndarray, "b h w c"]:
     """Puts images into one float32 array as they come, so that no second copy is alive."""
     stacked, unreadable = None, []
@@ -114,13 +162,13 @@ def _stack(
             stacked = np.empty((len(records), *image.shape), np.float32)
         if image.shape != stacked.shape[1:]:
             raise ValueError(
-                f"images differ in shape: {record.origin} is {image.shape}, those before it "
+                f"{what} differ in shape: {record.origin} is {image.shape}, those before it "
                 f"{stacked.shape[1:]}; give size= to resize and crop them"
             )
         stacked[row] = image
     if unreadable:
         raise ValueError(
-            f"cannot read {len(unreadable)} of {len(records)} images: {', '.join(unreadable)}"
+            f"cannot read {len(unreadable)} of {len(records)} {what}: {', '.join(unreadable)}"
         )
     if stacked is None:
         raise ValueError("positions must name at least one example, got none")
@@ -192,4 +240,5 @@ def to_memory(source: Source, workers: int = 4) -> Dataset:
             "decoded as they are needed, or a slice such as split='train[:10%]'"
         )
     with decoding_pool(workers) as pool:
-        return Dataset(*source.take(range(len(source)), pool), source.class_names)
+        images, labels, indices, salience = source.take(range(len(source)), pool)
+    return Dataset(images, labels, indices, source.class_names, salience)

@@ -37,6 +37,9 @@ ENTRIES = {
     "imagenette/160px": Entry(_CLASSIC, "JaxrobustImagenette", config="160px", size=160),
     "imagenette/320px": Entry(_CLASSIC, "JaxrobustImagenette", config="320px", size=320),
     "tiny_imagenet": Entry(_CLASSIC, "JaxrobustTinyImagenet", size=64),
+    "cub200": Entry("jaxrobust.data.birds", "JaxrobustCub200", size=224),
+    "cutouts": Entry("jaxrobust.data.cutouts", "JaxrobustCutouts"),
+    "stamps": Entry("jaxrobust.data.cutouts", "JaxrobustStamps"),
 }
 
 
@@ -65,7 +68,8 @@ def load(
         size: side in pixels to resize and centre-crop to; None keeps the set's own.
 
     Returns:
-        images [n, h, w, c] float32 in [0, 1], labels, indices and class names.
+        images [n, h, w, c] float32 in [0, 1], labels, indices and class names; of cub200, cutouts
+        and stamps also salience [n, h, w, 1], the depicted thing's own map.
 
     Raises:
         ValueError: the name or the split is unknown, an archive is not the expected one, or the
@@ -146,8 +150,10 @@ def _open(builder: Any, split: str, entry: Entry) -> Source:
     import tensorflow_datasets as tfds
 
     known = tuple(builder.info.splits)
+    images = [name for name in ("image", "salience") if name in builder.info.features]
+    raw = {name: tfds.decode.SkipDecoding() for name in images}
     try:
-        stored = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        stored = builder.as_data_source(split, decoders=raw)
     except ValueError as error:
         raise ValueError(
             f"unknown or empty split {split!r} of {builder.name}; it has {known}, and slices and "
@@ -157,7 +163,13 @@ def _open(builder: Any, split: str, entry: Entry) -> Source:
     def read(positions: Sequence[int]) -> list[Record]:
         rows = stored.__getitems__(positions)
         return [
-            Record(row["image"], int(row["label"]), int(row["index"]), f"{builder.name} {place}")
+            Record(
+                row["image"],
+                int(row["label"]),
+                int(row["index"]),
+                f"{builder.name} {place}",
+                row.get("salience"),
+            )
             for place, row in zip(positions, rows, strict=True)
         ]
 
