@@ -24,18 +24,23 @@ class Context(NamedTuple):
     """What `perturb` may look at.
 
     Attributes:
-        apply: x -> logits, the model in inference mode at the current weights.
+        apply: x -> logits, the model in inference mode at the current weights; takes the `taps`
+            and `perturbations` of `Model.apply` too.
         keys: [b], one per example.
         step: the number of the training step.
         extra: `TrainState.extra`.
         axis_name: the mesh axis, or None.
+        salience: [b, h, w, 1] the batch's maps, augmented with their images; None without.
+        mask: what the attack is given: 1 where a pixel may change; None for everywhere.
     """
 
-    apply: Callable[[Array], Array]
+    apply: Callable[..., Any]
     keys: Array
     step: Array
     extra: PyTree
     axis_name: str | None
+    salience: Array | None = None
+    mask: Array | None = None
 
 
 class Objective(NamedTuple):
@@ -80,8 +85,7 @@ def adversarial(
     """
 
     def perturb(context, images, labels):
-        scaled = _scaled(attack, eps_schedule, context.step)
-        x_adv = scaled(_cross_entropy_of(context.apply), images, context.keys, args=(labels,))
+        x_adv = _attacked(attack, eps_schedule, context, images, labels)
         return x_adv, context.extra, {}
 
     return Objective(perturb, _cross_entropy_at_x_adv(label_smoothing))
@@ -106,7 +110,8 @@ def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = No
         scaled = _scaled(attack, eps_schedule, context.step)
         clean = context.apply(images)
         loss_fn = lambda x, clean: losses.trades_kl(clean, context.apply(x))  # noqa: E731
-        return scaled(loss_fn, images, context.keys, args=(clean,)), context.extra, {}
+        x_adv = scaled(loss_fn, images, context.keys, mask=context.mask, args=(clean,))
+        return x_adv, context.extra, {}
 
     def loss(forward, images, x_adv, labels):
         clean, adversarial, stats = _forward_both(forward, images, x_adv)
@@ -129,8 +134,7 @@ def mart(attack: Any, beta: float = 5.0, *, eps_schedule: Schedule | None = None
     check_number("beta", beta, low=0)
 
     def perturb(context, images, labels):
-        scaled = _scaled(attack, eps_schedule, context.step)
-        x_adv = scaled(_cross_entropy_of(context.apply), images, context.keys, args=(labels,))
+        x_adv = _attacked(attack, eps_schedule, context, images, labels)
         return x_adv, context.extra, {}
 
     def loss(forward, images, x_adv, labels):
@@ -175,15 +179,12 @@ def guarded_n_fgsm(
         raise ValueError(f"gap must be in (0, 1), got {gap}")
 
     def perturb(context, images, labels):
-        loss_fn = _cross_entropy_of(context.apply)
-        cheap = _scaled(attack, eps_schedule, context.step)
-        strong = _scaled(guard, eps_schedule, context.step)
         step, until = context.step, context.extra["rescue_until"]
         look = step % check_every == 0
-        x_cheap = cheap(loss_fn, images, context.keys, args=(labels,))
+        x_cheap = _attacked(attack, eps_schedule, context, images, labels)
 
         def attacked():
-            x_strong = strong(loss_fn, images, context.keys, args=(labels,))
+            x_strong = _attacked(guard, eps_schedule, context, images, labels)
             right = lambda x: (context.apply(x).argmax(1) == labels).mean()  # noqa: E731
             return x_strong, right(x_cheap) - right(x_strong)
 
@@ -232,8 +233,11 @@ def with_awp(objective: Objective, gamma: float = 0.005, *, warmup_steps: int = 
     return objective._replace(move_weights=moved)
 
 
-def _cross_entropy_of(apply):
-    return lambda x, labels: losses.cross_entropy(apply(x), labels)
+def _attacked(attack, eps_schedule, context, images, labels):
+    """The batch after an attack that raises the cross entropy."""
+    loss_fn = lambda x, labels: losses.cross_entropy(context.apply(x), labels)  # noqa: E731
+    scaled = _scaled(attack, eps_schedule, context.step)
+    return scaled(loss_fn, images, context.keys, mask=context.mask, args=(labels,))
 
 
 def _cross_entropy_at_x_adv(label_smoothing):

@@ -110,7 +110,7 @@ def smooth_adv(
             return losses.cross_entropy(logits, labels)
 
         x_adv = _scaled(attack, eps_schedule, context.step)(
-            loss_fn, images, _keys(context, _ATTACK), args=(drawn, labels)
+            loss_fn, images, _keys(context, _ATTACK), mask=context.mask, args=(drawn, labels)
         )
         return x_adv[:, None] + drawn, context.extra, {}
 

@@ -35,7 +35,8 @@ def train_step(
         model: its `apply` is attacked, its `train` is trained.
         optimizer: any optax transformation.
         objective: `standard()`, `adversarial(attack)`, `trades(attack)`, ... (`objectives`).
-        augment: (keys [b], images) -> images, on the device, before the attack.
+        augment: (keys [b], images) -> images, on the device, before the attack. Where batches
+            have salience maps: (keys, images, maps) -> (images, maps), as those of `data` do.
         accumulate: the batch is worked off in so many parts and their gradients averaged: the
             memory of a part, the update of the whole (BatchNorm sees the parts).
         dtype: compute type of the training forward and backward, such as `jnp.bfloat16`; the
@@ -45,8 +46,9 @@ def train_step(
 
     Returns:
         step(state, batch, axis_name=None) -> (state, metrics). batch is a dict of image
-        [b, h, w, c], label [b] and index [b]; metrics are scalars averaged over the global
-        batch: loss, accuracy (on the adversarial batch), gradient_norm, and the objective's own.
+        [b, h, w, c], label [b], index [b] and, for methods that look at it, salience
+        [b, h, w, 1]; metrics are scalars averaged over the global batch: loss, accuracy (on the
+        adversarial batch), gradient_norm, and the objective's own.
 
     Raises:
         ValueError: an option out of its range; when traced, b not divisible by `accumulate`.
@@ -82,17 +84,19 @@ def _parts(batch, count):
 def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, batch):
     """(batch_stats, extra) and (gradients, metrics) after one part of the batch."""
     batch_stats, extra = carry
-    images, labels = batch["image"], batch["label"]
+    images, labels, salience = batch["image"], batch["label"], batch.get("salience")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.fold_in(state.key, state.step), batch["index"]
     )
-    if augment is not None:
+    if augment is not None and salience is not None:
+        images, salience = augment(_purpose(keys, _AUGMENT), images, salience)
+    elif augment is not None:
         images = augment(_purpose(keys, _AUGMENT), images)
 
-    def apply(x):
-        return model.apply({"params": state.params, "batch_stats": batch_stats}, x)
+    def apply(x, **options):
+        return model.apply({"params": state.params, "batch_stats": batch_stats}, x, **options)
 
-    context = Context(apply, _purpose(keys, _PERTURB), state.step, extra, axis_name)
+    context = Context(apply, _purpose(keys, _PERTURB), state.step, extra, axis_name, salience)
     x_adv, extra, metrics = objective.perturb(context, images, labels)
     x_adv = jax.lax.stop_gradient(x_adv)
 

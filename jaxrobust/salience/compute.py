@@ -1,0 +1,145 @@
+"""Maps of a whole data set: computed in one jitted pass, and kept on disk by example id."""
+
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxrobust.attacks.inputs import check_steps, example_keys
+from jaxrobust.files import atomic_write
+
+Method = Callable[..., Array]
+Maps = Float[np.ndarray, "n h w 1"]
+
+
+def compute(
+    method: Method,
+    apply: Callable[..., Any],
+    variables: Any,
+    images: Any,
+    labels: Any,
+    *,
+    key: Array | None = None,
+    batch_size: int = 250,
+) -> Float[Array, "n h w 1"]:
+    """The scores of all images: one compiled program, which works through them in batches.
+
+    Args:
+        method: (apply, x, labels, keys) -> [b, h, w, 1], such as `gradient` or
+            `partial(grad_cam, tap="layer3")`. The same object every time compiles once.
+        apply: (variables, x, ...) -> logits, `Model.apply`.
+        variables: the model's.
+        images: [n, h, w, c] float32 in [0, 1].
+        labels: [n] the classes that are explained.
+        key: one typed key, or [n], for methods that draw; the former is folded with row numbers.
+        batch_size: images at a time, which bounds the memory.
+
+    Returns:
+        [n, h, w, 1] scores.
+
+    Raises:
+        TypeError: key is not a typed key.
+        ValueError: batch_size < 1, or images and labels that do not fit.
+    """
+    check_steps(batch_size, "batch_size")
+    images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+    if images.ndim != 4 or labels.shape != (len(images),):
+        raise ValueError(
+            f"images must be [n, h, w, c] with labels [n], got {images.shape} and {labels.shape}"
+        )
+    keys = None if key is None else example_keys(key, len(images))
+    size = min(batch_size, max(len(images), 1))
+    return _all_scores(method, apply, size, variables, images, labels, keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _all_scores(method, apply, size, variables, images, labels, keys):
+    bound = lambda x, **options: apply(variables, x, **options)  # noqa: E731
+    run = lambda batch: method(bound, *batch)  # noqa: E731
+    count = len(images)
+    # The last batch is filled up with the first images, and what they give is cut off.
+    rows = jnp.arange(-(-count // size) * size).reshape(-1, size) % max(count, 1)
+    batches = jax.tree.map(lambda column: column[rows], (images, labels, keys))
+    return jax.lax.map(run, batches).reshape(-1, *images.shape[1:3], 1)[:count]
+
+
+def made_by(method: Method, variables: Any, **further: Any) -> dict[str, Any]:
+    """What a cached map depends on besides its image: a fingerprint for `cached`.
+
+    Args:
+        method: a function, or `functools.partial` of one; its settings must print fully.
+        variables: of the model: any other weights are another fingerprint.
+        further: what else decides, JSON-able: data set, seed, area.
+    """
+    settings = {}
+    while isinstance(method, functools.partial):
+        settings = {**method.keywords, **settings}
+        method = method.func
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return {
+        "method": method.__qualname__,
+        "settings": {name: repr(value) for name, value in sorted(settings.items())},
+        "variables": digest.hexdigest(),
+        **further,
+    }
+
+
+def cached(
+    directory: str | Path,
+    fingerprint: Mapping[str, Any],
+    indices: Int[np.ndarray, "n"],
+    make: Callable[[Int[np.ndarray, "m"]], Any],
+) -> Maps:
+    """Maps from disk, after making those that are not there yet.
+
+    Each fingerprint has a file of its own, so that maps of other weights are never taken for these.
+
+    Args:
+        directory: of the cache; created.
+        fingerprint: what made the maps, JSON-able, such as `made_by` gives.
+        indices: [n] ids of the examples, `Dataset.indices`.
+        make: positions [m] among the n -> their maps [m, h, w, 1]; called at most once.
+
+    Returns:
+        [n, h, w, 1] float32, in the order of `indices`.
+
+    Raises:
+        ValueError: the file is damaged, or `make` returned another number of maps or NaN.
+    """
+    text = json.dumps(dict(fingerprint), sort_keys=True)
+    path = Path(directory) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+    ids, maps = _read(path)
+    new = np.flatnonzero(~np.isin(indices, ids))
+    if len(new):
+        made = np.asarray(make(new), np.float32)
+        if len(made) != len(new) or np.isnan(made).any():
+            raise ValueError(f"make must return {len(new)} maps without NaN, got {made.shape}")
+        ids = np.concatenate([ids, indices[new]])
+        maps = made if maps is None else np.concatenate([maps, made])
+        stream = io.BytesIO()
+        np.savez_compressed(stream, indices=ids, maps=maps, fingerprint=text)
+        atomic_write(path, stream.getvalue())
+    order = np.argsort(ids)
+    return maps[order[np.searchsorted(ids, indices, sorter=order)]]
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    if not path.exists():
+        return np.empty(0, np.int32), None
+    try:
+        with np.load(path) as stored:
+            return stored["indices"], stored["maps"]
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise ValueError(f"{path} is damaged ({error}): delete it to make its maps anew") from error
