@@ -17,6 +17,8 @@ from jaxrobust import (
     metrics,
     models,
     parallel,
+    salience,
+    sipat,
     smoothing,
     training,
 )
@@ -47,6 +49,7 @@ from jaxrobust.attacks import (
     worst_of,
 )
 from jaxrobust.evaluation import auto_attack, evaluate
+from jaxrobust.sipat import sip_pgd
 from jaxrobust.smoothing import certify
 
 __version__ = "0.1.0"
@@ -85,6 +88,9 @@ __all__ = [
     "patch",
     "pgd",
     "restarts",
+    "salience",
+    "sip_pgd",
+    "sipat",
     "smoothing",
     "spatial",
     "square",

@@ -6,6 +6,7 @@ them by `jax.shard_map`, by `jax.pmap`, or, with `axis_name=None`, from the glob
 `jax.jit`. The three give the same numbers.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,7 +133,7 @@ def data_parallel(
     if mapping not in MAPPINGS:
         raise ValueError(f"mapping must be one of {MAPPINGS}, got {mapping!r}")
     mesh = data_mesh() if mesh is None else mesh
-    run = _MAP[mapping](step, mesh, (0,) if donate else ())
+    run = _mapped(step, mesh, mapping, (0,) if donate else ())
 
     # Several devices of one CPU share a thread pool. With two steps in flight, the threads of one
     # can all wait in a collective for a device that has no thread left to get there.
@@ -145,6 +146,12 @@ def data_parallel(
         return jax.block_until_ready(out) if one_at_a_time else out
 
     return call
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped(step, mesh, mapping, donated):
+    """Remembered, so that training that goes on with the same step does not compile it again."""
+    return _MAP[mapping](step, mesh, donated)
 
 
 def map_examples(

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrobust"
 FLOORS = [
     {"balls", "files", "flops", "losses", "metrics", "parallel"},
-    {"attacks", "data", "models", "smoothing", "weights"},
+    {"attacks", "data", "models", "salience", "smoothing", "weights"},
     {"checkpoint", "evaluation", "training"},
     {"cropd", "safeclip", "selective", "sipat", "text"},
 ]

@@ -24,6 +24,7 @@ def correct(
     *,
     attack: Any = None,
     key: jax.Array | None = None,
+    mask: Any = None,
     batch_size: int = 250,
     mesh: Mesh | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
@@ -38,6 +39,7 @@ def correct(
         labels: [n] whole numbers.
         attack: a gradient attack, or None for clean images.
         key: one typed key; example i draws from fold_in(key, i), whatever the batch size.
+        mask: [n, h, w, 1] or [n, h, w, c], 1 where the attack may change a pixel; None for all.
         batch_size: examples at a time, rounded up to a multiple of the devices; the last batch is
             filled up, so that nothing recompiles.
         mesh: spreads each batch over devices; one device by default.
@@ -54,6 +56,8 @@ def correct(
     if attack is not None and key is None:
         raise ValueError("key must be a typed key when an attack is given, got None")
     count = len(labels)
+    if mask is not None and np.shape(mask)[:3] != images.shape[:3]:
+        raise ValueError(f"mask must be [n, h, w, 1] of {images.shape}, got {np.shape(mask)}")
     batch_size = _batch_size(batch_size, count, mesh.size if mesh else 1)
     objective = _LossOfModel(apply, loss)
     keys = None if attack is None else example_keys(key, count)
@@ -62,9 +66,9 @@ def correct(
     starts = range(0, count, batch_size)
     for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        x, y = place((images[rows], labels[rows]))
+        x, y, free = place((images[rows], labels[rows], None if mask is None else mask[rows]))
         if attack is not None:
-            x = attack(objective, x, keys[rows], args=(variables, y))
+            x = attack(objective, x, keys[rows], mask=free, args=(variables, y))
         right.append(_correct(apply, variables, x, y))
     return np.concatenate([np.asarray(part) for part in right])[:count]
 

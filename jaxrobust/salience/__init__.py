@@ -28,6 +28,7 @@ from jaxrobust.salience.maps import (
     invert,
     rank_map,
     soft,
+    stand_out,
     top_fraction,
 )
 from jaxrobust.salience.perturbation import occlusion, rise
@@ -59,6 +60,7 @@ __all__ = [
     "shuffled",
     "smooth_grad",
     "soft",
+    "stand_out",
     "top_fraction",
     "unannotate",
 ]

@@ -71,6 +71,23 @@ def soft(scores: ArrayLike) -> Maps:
     return jnp.where(spread > 0, (scores - low) / jnp.where(spread > 0, spread, 1), 0)
 
 
+def stand_out(scores: ArrayLike, deviations: float = 1.0) -> Maps:
+    """Marks the pixels whose squared score lies `deviations` above the mean of its map.
+
+    1 where (s^2 - mean) / standard deviation > deviations; a constant map becomes 0. PART's rule
+    for what is important, but for the colours: its code paints the squared map with a colour scale
+    first and asks each colour channel by itself.
+
+    Raises:
+        ValueError: the shape is not [b, h, w, 1], or a NaN among the scores.
+
+    Source: Zhang et al. 2024 (PART), the authors' code.
+    """
+    squared = jnp.square(check_scores(scores))
+    mean, deviation = (f(squared, (1, 2, 3), keepdims=True) for f in (jnp.mean, jnp.std))
+    return (squared - mean > deviations * deviation).astype(squared.dtype)
+
+
 def dilate(maps: ArrayLike, radius: int) -> Maps:
     """The largest value within `radius` pixels in both directions (a square window).
 
