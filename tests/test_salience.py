@@ -147,7 +147,8 @@ def test_attention_rollout_agrees_with_numpy(vit):
 
 
 def test_grad_cam_reads_the_tokens_of_a_vit(vit):
-    scores = salience.grad_cam(vit[0], X, LABELS, tap="blocks.0")
+    method = jax.jit(partial(salience.grad_cam, vit[0], tap="blocks.0"))
+    scores = method(X, LABELS)
     assert scores.shape == (BATCH, HEIGHT, WIDTH, 1)
     assert (scores > 0).any()
 
@@ -172,9 +173,10 @@ def test_tokens_that_tile_nothing_are_refused():
 
 def test_rise_agrees_with_a_loop():
     expected = np.zeros((BATCH, HEIGHT, WIDTH, 1))
+    draw = jax.jit(lambda key, j: rise_mask(jax.random.fold_in(key, j), (HEIGHT, WIDTH), 3, 0.4))
     for i, key in enumerate(KEYS):
         for j in range(5):
-            mask = np.asarray(rise_mask(jax.random.fold_in(key, j), (HEIGHT, WIDTH), 3, 0.4))
+            mask = np.asarray(draw(key, j))
             p = jax.nn.softmax(linear(X[i : i + 1] * mask))[0, LABELS[i]]
             expected[i] += p * mask / (5 * 0.4)
     scores = salience.rise(linear, X, LABELS, KEYS, samples=5, cells=3, keep=0.4)
@@ -183,7 +185,7 @@ def test_rise_agrees_with_a_loop():
 
 def test_rise_masks_show_what_they_should_on_average():
     keys = jax.random.split(jax.random.key(0), 4000)
-    masks = jax.vmap(lambda key: rise_mask(key, (5, 7), 3, 0.3))(keys)
+    masks = jax.jit(jax.vmap(lambda key: rise_mask(key, (5, 7), 3, 0.3)))(keys)
     assert masks.min() >= 0
     assert masks.max() <= 1
     # Standard error at most 0.5 / sqrt(4000).

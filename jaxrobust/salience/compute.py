@@ -139,7 +139,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if not path.exists():
         return np.empty(0, np.int32), None
     try:
-        with np.load(path) as stored:
+        # From memory: numpy leaves a damaged file open.
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
             return stored["indices"], stored["maps"]
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise ValueError(f"{path} is damaged ({error}): delete it to make its maps anew") from error
