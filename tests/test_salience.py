@@ -273,6 +273,13 @@ def test_settings_out_of_range_are_refused(wrong, message):
         wrong(linear, X, LABELS, KEYS)
 
 
+@pytest.mark.parametrize("method", [salience.rise, salience.smooth_grad])
+def test_methods_that_draw_need_keys(method):
+    apply = lambda w, x, **options: x.reshape(len(x), -1) @ w  # noqa: E731
+    with pytest.raises(TypeError, match="key must be typed"):
+        salience.compute(method, apply, W, X, LABELS)
+
+
 def test_labels_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"images must be \[n, h, w, c\] with labels \[n\]"):
         salience.compute(salience.gradient, lambda w, x: x, W, X, LABELS[:2])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxrobust.attacks.inputs import check_number, check_steps
+from jaxrobust.attacks.inputs import check_number, check_steps, example_keys
 from jaxrobust.attacks.pgd import input_gradient
 
 Apply = Callable[..., Array]
@@ -52,12 +52,14 @@ def smooth_grad(
         [b, h, w, 1] scores >= 0.
 
     Raises:
+        TypeError: there are no keys.
         ValueError: samples < 1 or sigma < 0.
 
     Source: Smilkov et al. 2017, section 2; noise of 10 to 20 % of the image's range.
     """
     check_steps(samples, "samples")
     check_number("sigma", sigma, low=0)
+    keys = example_keys(keys, len(x))
 
     def add(total, number):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)

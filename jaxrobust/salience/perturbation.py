@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrobust.attacks.inputs import check_steps
+from jaxrobust.attacks.inputs import check_steps, example_keys
 from jaxrobust.salience.gradients import Apply, Images, Keys, Labels, Scores, label_logit
 
 
@@ -36,6 +36,7 @@ def rise(
         [b, h, w, 1] scores >= 0.
 
     Raises:
+        TypeError: there are no keys.
         ValueError: a number out of its range.
 
     Source: Petsiuk et al. 2018, eq. 6 and section 3.2.
@@ -44,6 +45,7 @@ def rise(
     check_steps(cells, "cells")
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
+    keys = example_keys(keys, len(x))
 
     def add(total, number):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
