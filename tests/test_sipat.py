@@ -42,8 +42,8 @@ def _quick_compilation():
 
 
 # Curved, so that an attack has something to search for, and without a convolution to compile.
-W1 = jnp.asarray(RANDOM.normal(size=(40, 16)), jnp.float32)
-W2 = jnp.asarray(RANDOM.normal(size=(16, CLASSES)), jnp.float32)
+W1 = RANDOM.normal(size=(40, 16)).astype(np.float32)
+W2 = RANDOM.normal(size=(16, CLASSES)).astype(np.float32)
 
 
 def logits_of(params, x):
@@ -51,7 +51,8 @@ def logits_of(params, x):
 
 
 NET = models.Model(
-    init=lambda key, shape: {"params": {"w1": W1, "w2": W2}},
+    # Copies, since training gives the memory of its state away.
+    init=lambda key, shape: {"params": {"w1": jnp.array(W1), "w2": jnp.array(W2)}},
     apply=lambda variables, x: logits_of(variables["params"], x),
     train=lambda variables, x, *, axis_name=None, dtype=None: (
         logits_of(variables["params"], x),
@@ -127,7 +128,7 @@ def test_searching_under_the_mask_beats_masking_afterwards_on_average():
     for seed in range(10):
         maps = (np.random.default_rng(seed).uniform(size=HARD.shape) < 0.5).astype(np.float32)
         inside, after = (
-            loss_fn(perturbed(maps, sipat.Masking(post_hoc=post_hoc)), LABELS)
+            loss_fn(perturbed(maps, sipat.Masking(post_hoc=post_hoc)), jnp.asarray(LABELS))
             for post_hoc in (False, True)
         )
         gains.append(float((inside - after).mean()))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxrobust import parallel
@@ -54,7 +55,7 @@ def salience_preserving(
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
     if area is not None and not callable(area):
-        check_area(area, jnp.size(area))
+        area = check_area(area, np.size(area))
 
     def perturb(context: Context, images: Array, labels: Array):
         scores = _scores(source, context, images, labels)
