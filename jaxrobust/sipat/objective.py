@@ -55,7 +55,7 @@ def salience_preserving(
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
     if area is not None and not callable(area):
-        area = check_area(area, np.size(area))
+        area = check_area(np.asarray(area), np.size(area))
 
     def perturb(context: Context, images: Array, labels: Array):
         scores = _scores(source, context, images, labels)
