@@ -241,6 +241,15 @@ def test_all_images_are_worked_through_in_batches(batch_size):
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
+def test_a_random_map_belongs_to_its_example_and_not_to_its_row():
+    apply = lambda w, x, **options: x.reshape(len(x), -1) @ w  # noqa: E731
+    method = partial(salience.rise, samples=2, cells=2)
+    ids, key = np.asarray([5, 9, 2, 7]), jax.random.key(4)
+    scores = salience.compute(method, apply, W, X, LABELS, key=key, indices=ids)
+    last = salience.compute(method, apply, W, X[2:], LABELS[2:], key=key, indices=ids[2:])
+    np.testing.assert_allclose(scores[2:], last, rtol=1e-5)
+
+
 def test_new_weights_compile_nothing():
     traces = []
 

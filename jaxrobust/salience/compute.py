@@ -28,6 +28,7 @@ def compute(
     labels: Any,
     *,
     key: Array | None = None,
+    indices: Any = None,
     batch_size: int = 250,
 ) -> Float[Array, "n h w 1"]:
     """The scores of all images: one compiled program, which works through them in batches.
@@ -39,7 +40,9 @@ def compute(
         variables: the model's.
         images: [n, h, w, c] float32 in [0, 1].
         labels: [n] the classes that are explained.
-        key: one typed key, or [n], for methods that draw; the former is folded with row numbers.
+        key: one typed key, for methods that draw.
+        indices: [n] ids of the examples, which are folded into the key, so that a map does not
+            depend on the others that are made with it; by default row numbers.
         batch_size: images at a time, which bounds the memory.
 
     Returns:
@@ -55,6 +58,8 @@ def compute(
         raise ValueError(
             f"images must be [n, h, w, c] with labels [n], got {images.shape} and {labels.shape}"
         )
+    if key is not None and indices is not None:
+        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
     keys = None if key is None else example_keys(key, len(images))
     size = min(batch_size, max(len(images), 1))
     return _all_scores(method, apply, size, variables, images, labels, keys)
