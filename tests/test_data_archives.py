@@ -239,7 +239,7 @@ def test_an_archive_is_downloaded_once_and_checked(tmp_path, monkeypatch, random
 
 
 def test_registered_sums_are_complete():
-    from jaxrobust.data import classic
+    from jaxrobust.data import birds, classic
 
     urls = set(classic.JaxrobustCifar10.url_infos)
     assert urls == {
@@ -250,4 +250,6 @@ def test_registered_sums_are_complete():
         classic.IMAGENETTE_URL + "imagenette2-160.tgz",
         classic.IMAGENETTE_URL + "imagenette2-320.tgz",
         classic.TINY_IMAGENET_URL,
+        birds.IMAGES_URL,
+        birds.MAPS_URL,
     }
