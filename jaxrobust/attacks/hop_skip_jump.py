@@ -136,7 +136,7 @@ def _draw(is_adv, frame, keys, bounds, done):
 
     def draw(state):
         i, start, found = state
-        fold = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        fold = inputs.fold(keys, i)
         shape, dtype = frame.x.shape[1:], frame.x.dtype
         noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, *bounds))(fold)
         start = jnp.where(nearest.rows(found, start), start, jnp.clip(noise, frame.low, frame.high))
@@ -204,7 +204,7 @@ def _hop(static, i, carry, operands):
     distance = nearest.norms(point - frame.x, attack.norm)
     radius = attack.gamma * distance / math.prod(point.shape[1:])
     radius = jnp.where(i == 0, 0.1 * nearest.widths(attack.bounds), radius)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    keys = inputs.fold(keys, i)
     direction = _normal(attack, is_adv, frame, point, radius, keys, i)
     if attack.norm == "linf":
         direction = jnp.sign(direction)
@@ -225,7 +225,7 @@ def _normal(attack, is_adv, frame, point, radius, keys, i):
     free, radius = frame.high > frame.low, jnp.maximum(nearest.rows(radius, point), 1e-12)
 
     def look(c, sums):
-        fold = jax.vmap(jax.random.fold_in, (0, None))(keys, c)
+        fold = inputs.fold(keys, c)
         draw = jax.vmap(lambda key: noise(key, (chunk, *shape), point.dtype), out_axes=1)
         step = jax.vmap(nearest.unit)(jnp.where(free, draw(fold), 0))  # [chunk, b, ...]
         copies = jnp.clip(point + radius * step, frame.low, frame.high)

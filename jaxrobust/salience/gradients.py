@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxrobust.attacks.inputs import check_number, check_steps, example_keys
+from jaxrobust.attacks.inputs import check_number, check_steps, example_keys, fold
 from jaxrobust.attacks.pgd import input_gradient
 
 Apply = Callable[..., Array]
@@ -62,7 +62,7 @@ def smooth_grad(
     keys = example_keys(keys, len(x))
 
     def add(total, number):
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        own = fold(keys, number)
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(own)
         return total + _label_gradient(apply, x + sigma * noise, labels), None
 

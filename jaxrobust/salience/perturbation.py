@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrobust.attacks.inputs import check_steps, example_keys
+from jaxrobust.attacks.inputs import check_steps, example_keys, fold
 from jaxrobust.salience.gradients import Apply, Images, Keys, Labels, Scores, label_logit
 
 
@@ -48,7 +48,7 @@ def rise(
     keys = example_keys(keys, len(x))
 
     def add(total, number):
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        own = fold(keys, number)
         draw = lambda key: rise_mask(key, x.shape[1:3], cells, keep)  # noqa: E731
         shown = jax.vmap(draw)(own).astype(x.dtype)
         return total + shown * _probability(apply, x * shown, labels), None

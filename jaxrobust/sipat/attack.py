@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust.attacks import PGD, linf_pgd
-from jaxrobust.attacks.pgd import LossFn
+from jaxrobust.attacks.value import LossFn
 from jaxrobust.salience import check_maps
 from jaxrobust.sipat.masking import Masking
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxrobust import parallel
+from jaxrobust.attacks.inputs import fold
 from jaxrobust.salience import rank_map, top_fraction
 from jaxrobust.salience.maps import check_area
 from jaxrobust.sipat.masking import Masking
@@ -72,7 +72,7 @@ def salience_preserving(
 
 def _scores(source, context, images, labels):
     if source is not None:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(context.keys, _SALIENCE)
+        keys = fold(context.keys, _SALIENCE)
         return source(context.apply, images, labels, keys)
     if context.salience is None:
         raise ValueError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrobust import losses, smoothing
-from jaxrobust.attacks.inputs import check_number
+from jaxrobust.attacks.inputs import check_number, fold
 from jaxrobust.smoothing.sampling import check_count
 from jaxrobust.training.objectives import Objective, Schedule, _scaled
 
@@ -110,7 +110,7 @@ def smooth_adv(
             return losses.cross_entropy(logits, labels)
 
         x_adv = _scaled(attack, eps_schedule, context.step)(
-            loss_fn, images, _keys(context, _ATTACK), mask=context.mask, args=(drawn, labels)
+            loss_fn, images, fold(context.keys, _ATTACK), mask=context.mask, args=(drawn, labels)
         )
         return x_adv[:, None] + drawn, context.extra, {}
 
@@ -170,13 +170,9 @@ def _check(sigma, samples, low=1):
     check_count("samples", samples, low)
 
 
-def _keys(context, purpose):
-    return jax.vmap(jax.random.fold_in, (0, None))(context.keys, purpose)
-
-
 def _noise(context, images, sigma, samples):
     return smoothing.noise(
-        _keys(context, _NOISE), images.shape, sigma=sigma, samples=samples
+        fold(context.keys, _NOISE), images.shape, sigma=sigma, samples=samples
     ).astype(images.dtype)
 
 

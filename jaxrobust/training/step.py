@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrobust import parallel
+from jaxrobust.attacks.inputs import fold
 from jaxrobust.models import Model
 from jaxrobust.training.objectives import Context, Objective
 from jaxrobust.training.state import TrainState
@@ -89,14 +90,14 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
         jax.random.fold_in(state.key, state.step), batch["index"]
     )
     if augment is not None and salience is not None:
-        images, salience = augment(_purpose(keys, _AUGMENT), images, salience)
+        images, salience = augment(fold(keys, _AUGMENT), images, salience)
     elif augment is not None:
-        images = augment(_purpose(keys, _AUGMENT), images)
+        images = augment(fold(keys, _AUGMENT), images)
 
     def apply(x, **options):
         return model.apply({"params": state.params, "batch_stats": batch_stats}, x, **options)
 
-    context = Context(apply, _purpose(keys, _PERTURB), state.step, extra, axis_name, salience)
+    context = Context(apply, fold(keys, _PERTURB), state.step, extra, axis_name, salience)
     x_adv, extra, metrics = objective.perturb(context, images, labels)
     x_adv = jax.lax.stop_gradient(x_adv)
 
@@ -117,10 +118,6 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
     (loss, (batch_stats, accuracy)), gradients = gradient_fn(params)
     metrics = {"loss": loss, "accuracy": parallel.mean(accuracy, axis_name), **metrics}
     return (batch_stats, extra), (gradients, metrics)
-
-
-def _purpose(keys, number):
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def _update(optimizer, ema_decay, state, carry, gradients):
