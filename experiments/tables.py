@@ -11,7 +11,15 @@ import argparse
 import re
 from pathlib import Path
 
-from experiments import bench_autoattack, bench_pod, common, plots, plots_certify
+from experiments import (
+    autoattack_benchmark,
+    bench_autoattack,
+    bench_pod,
+    common,
+    plots,
+    plots_certify,
+    plots_sipat,
+)
 from jaxrobust.checkpoint import atomic_write
 
 README = common.ROOT.parent / "README.md"
@@ -22,7 +30,9 @@ MAKERS = {
     "bench_training": plots.training_speed_table,
     "bench_pod": bench_pod.readme_table,
     "bench_autoattack": bench_autoattack.table,
+    "autoattack_benchmark": autoattack_benchmark.table,
     "certify": plots_certify.certified_table,
+    "sipat": plots_sipat.table,
 }
 
 

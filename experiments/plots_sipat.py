@@ -1,0 +1,147 @@
+"""Tables and plots of the SIP-AT experiment, drawn from its results file."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from experiments import common
+from experiments.common import markdown
+from experiments.plots import read, spread
+
+# What a row is: its colour in the plots, by the beginning of its name.
+KINDS = {
+    "standard": ("#7f7f7f", "standard"),
+    "at": ("#1f77b4", "AT, also at smaller eps"),
+    "trades": ("#17becf", "TRADES"),
+    "sip": ("#d62728", "SIP-AT"),
+    "random": ("#2ca02c", "control: random pixels"),
+    "least": ("#bcbd22", "control: least salient pixels"),
+    "inverted": ("#9467bd", "control: inverted mask"),
+    "part": ("#8c564b", "PART's choice"),
+    "half": ("#ff7f0e", "salient pixels at half eps"),
+}
+
+
+def kind_of(method: str) -> tuple[str, str]:
+    """Colour and label of a method."""
+    return KINDS[method.split("_")[0]]
+
+
+def rows_of(record: dict) -> dict[tuple[str, str], list[dict]]:
+    """Cells by (data set, method), one per seed, in the file's order."""
+    rows = defaultdict(list)
+    for cell in record["cells"]:
+        rows[cell["key"]["dataset"], cell["key"]["method"]].append(cell["metrics"])
+    return rows
+
+
+def table(path: Path) -> str:
+    """The Markdown table of a results file: one row per data set and method."""
+    record = read(path)
+    config, rows = record["config"], rows_of(record)
+    parts = []
+    for dataset, problem in config["problems"].items():
+        grid = [eps_text(eps) for eps in problem["grid"]]
+        suite = [f"suite at {eps_text(eps)}" for eps in problem["suite_eps"]]
+        header = [dataset, "clean %", *grid, *suite, "salience only", "background only", "seeds"]
+        lines = []
+        for method in config["methods"]:
+            cells = rows.get((dataset, method))
+            if not cells:
+                lines.append([method, *["not run"] * (len(header) - 1)])
+                continue
+            judged = [cell["suite_accuracy"] for cell in cells if "suite_accuracy" in cell]
+            lines.append(
+                [
+                    method,
+                    spread([cell["clean_accuracy"] for cell in cells]),
+                    *columns([cell[f"pgd{config['pgd_steps']}_accuracy"] for cell in cells]),
+                    *(columns(judged) if judged else [""] * len(suite)),
+                    spread([cell["salience_only_accuracy"] for cell in cells]),
+                    spread([cell["background_only_accuracy"] for cell in cells]),
+                    str(len(cells)),
+                ]
+            )
+        parts.append(markdown(header, lines))
+    return "\n\n".join(parts)
+
+
+def columns(values: list[list[float]]) -> list[str]:
+    """Mean and spread over seeds, column by column."""
+    return [spread(list(column)) for column in zip(*values, strict=True)]
+
+
+def eps_text(eps: float) -> str:
+    """8/255 where it is a small whole number of grey levels, else the number."""
+    levels = eps * 255
+    whole = levels < 20 and abs(levels - round(levels)) < 1e-6
+    return f"{levels:.0f}/255" if whole else f"{eps:g}"
+
+
+def curves(path: Path) -> None:
+    """Unmasked accuracy against eps, one panel per data set, mean over seeds."""
+    record = read(path)
+    rows, panels = rows_of(record), list(record["config"]["problems"])
+    accuracy = f"pgd{record['config']['pgd_steps']}_accuracy"
+    figure, axes = _figure(len(panels))
+    for axis, dataset in zip(axes, panels, strict=True):
+        for (where, method), cells in rows.items():
+            if where != dataset:
+                continue
+            values = [[cell["clean_accuracy"], *cell[accuracy]] for cell in cells]
+            colour, _ = kind_of(method)
+            eps = [0.0, *cells[0]["grid"]]
+            axis.plot(eps, 100 * np.mean(values, 0), ".-", color=colour, alpha=0.7, lw=1)
+        axis.set(xlabel="eps (linf)", ylabel="unmasked accuracy, %", ylim=(0, 100), title=dataset)
+        axis.grid(alpha=0.3)
+    _legend(axes[-1])
+    _write(figure, path, "curve")
+
+
+def frontier(path: Path) -> None:
+    """Clean against robust accuracy at the smallest and at the largest eps of the grid."""
+    record = read(path)
+    rows, datasets = rows_of(record), list(record["config"]["problems"])
+    accuracy = f"pgd{record['config']['pgd_steps']}_accuracy"
+    figure, axes = _figure(2 * len(datasets))
+    panels = [(dataset, at) for dataset in datasets for at in (0, -1)]
+    for axis, (dataset, at) in zip(axes, panels, strict=True):
+        eps = record["config"]["problems"][dataset]["grid"][at]
+        for (where, method), cells in rows.items():
+            if where != dataset or method == "standard":
+                continue
+            colour, _ = kind_of(method)
+            x = 100 * np.array([cell["clean_accuracy"] for cell in cells])
+            y = 100 * np.array([cell[accuracy][at] for cell in cells])
+            axis.errorbar(
+                x.mean(), y.mean(), xerr=_error(x), yerr=_error(y), fmt="o", color=colour, ms=4
+            )
+            axis.annotate(method, (x.mean(), y.mean()), fontsize=5, alpha=0.8)
+        axis.set(xlabel="clean accuracy, %", ylabel=f"PGD at {eps_text(eps)}, %", title=dataset)
+        axis.grid(alpha=0.3)
+    _legend(axes[-1])
+    _write(figure, path, "frontier")
+
+
+def _error(values):
+    """The standard error over seeds, 0 for one."""
+    return values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _figure(count):
+    from matplotlib.figure import Figure
+
+    figure = Figure((4.8 * count, 3.8), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _legend(axis):
+    for colour, label in KINDS.values():
+        axis.plot([], [], "o", color=colour, label=label)
+    axis.legend(fontsize=6)
+
+
+def _write(figure, path, what):
+    target = path.with_name(f"{path.stem}-{what}.png")
+    common.once(target, lambda file: figure.savefig(file, dpi=110))
