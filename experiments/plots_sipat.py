@@ -22,6 +22,13 @@ KINDS = {
     "half": ("#ff7f0e", "salient pixels at half eps"),
 }
 
+# Whose pictures are shown.
+CREDITS = {
+    "cutouts": "Twemoji, copyright 2020 Twitter, Inc and other contributors, CC-BY 4.0; "
+    "photographs as carried by foolbox",
+    "stamps": "Tux Paint's stamps, by its contributors, GPL-2+; photographs as carried by foolbox",
+}
+
 
 def kind_of(method: str) -> tuple[str, str]:
     """Colour and label of a method."""
@@ -122,6 +129,36 @@ def frontier(path: Path) -> None:
         axis.grid(alpha=0.3)
     _legend(axes[-1])
     _write(figure, path, "frontier")
+
+
+def pictures(path: Path, dataset: str, images, maps, spared, plain) -> None:
+    """Images, maps, and the magnified perturbations with the salient pixels spared and without.
+
+    Args:
+        path: of the results file, beside which the picture is written.
+        dataset: its name, whose art is credited below the picture.
+        images: [n, h, w, c] in [0, 1].
+        maps: [n, h, w, 1], 1 where a pixel is spared.
+        spared: [n, h, w, c] perturbations of the masked attack.
+        plain: likewise, of the attack without a mask.
+    """
+    rows = {"image": images, "spared": maps}
+    for name, delta in (("masked\nperturbation", spared), ("unmasked\nperturbation", plain)):
+        delta = np.asarray(delta)
+        rows[name] = 0.5 + 0.5 * delta / max(float(np.abs(delta).max()), 1e-9)
+    from matplotlib.figure import Figure
+
+    figure = Figure((1.3 * len(images), 1.35 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for line, (name, shown) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=7)
+        for axis, picture in zip(line, np.asarray(shown), strict=True):
+            picture = np.repeat(picture, 3, -1) if picture.shape[-1] == 1 else picture
+            axis.imshow(np.clip(picture, 0, 1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    if dataset in CREDITS:
+        figure.supxlabel(CREDITS[dataset], fontsize=5)
+    _write(figure, path, f"pictures-{dataset}")
 
 
 def _error(values):
