@@ -6,10 +6,10 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from test_data_archives import jpeg, manual, register, write_tar
 
 from jaxrobust import data
 from jaxrobust.data import birds, cutouts, pictures
+from tests.test_data_archives import jpeg, manual, register, write_tar
 
 
 @pytest.fixture

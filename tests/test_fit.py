@@ -187,7 +187,7 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(unbroken):
 RUN = """
 import sys
 from pathlib import Path
-import test_fit
+from tests import test_fit
 test_fit.train(Path(sys.argv[1]), epochs=60, save_steps=7, validate=test_fit.slow_accuracy)
 """
 
@@ -200,12 +200,12 @@ def slow_accuracy(variables):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(tmp_path):
-    tests, moments = Path(__file__).parent, random.Random(0)
+    root, moments = Path(__file__).parent.parent, random.Random(0)
     expected = train(tmp_path / "whole", epochs=60, save_steps=7)
     broken, resumed_at = tmp_path / "broken", []
     command = [sys.executable, "-c", RUN, str(broken)]
     # The devices of conftest.py are in the environment already.
-    environment = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    environment = os.environ | {"PYTHONPATH": str(root)}
     for _ in range(3):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
             for _ in range(moments.randint(3, 12)):

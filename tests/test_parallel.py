@@ -220,7 +220,7 @@ rank, port, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 parallel.split_host(2)
 parallel.initialize(f"localhost:{port}", 2, rank)
 import jax, numpy as np
-import test_fit, test_training
+from tests import test_fit, test_training
 assert (jax.process_count(), jax.local_device_count()) == (2, 2)
 assert parallel.agreed(rank == 0) and not parallel.agreed(rank == 1)
 mesh = parallel.data_mesh()
@@ -240,15 +240,14 @@ weights = np.asarray(fitted.state.params["w"]).tolist()
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    import test_fit
-    import test_training
+    from tests import test_fit, test_training
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    tests = Path(__file__).parent
+    root = Path(__file__).parent.parent
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = f"{tests}{os.pathsep}{tests.parent}"
+    environment["PYTHONPATH"] = str(root)
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     workers = [
