@@ -147,9 +147,9 @@ def ours(model, variables, problem: Problem, attack: str, config: Config, option
     def logits_fn(x, variables):
         return model.apply(variables, x)
 
-    def run(seed, attacks=chosen, rows=slice(None)):
+    def run(seed, attacks=chosen, rows=slice(None), eps=problem.eps):
         result = jr.auto_attack(
-            logits_fn, images[rows], labels[rows], eps=problem.eps, norm=problem.norm,
+            logits_fn, images[rows], labels[rows], eps=eps, norm=problem.norm,
             version="custom", attacks=attacks, key=jax.random.key(seed), args=(placed,),
             batch_size=config.batch_size, mesh=mesh, progress=False,
         )  # fmt: skip
@@ -159,7 +159,7 @@ def ours(model, variables, problem: Problem, attack: str, config: Config, option
     everything = {"linf": 1.0, "l2": 1e3, "l1": 1e6}[problem.norm]
     for name, one in chosen.items():
         easy = {name: dataclasses.replace(one, eps=everything)}
-        run(0, easy), run(0, easy, slice(0, 1))
+        run(0, easy, eps=everything), run(0, easy, slice(0, 1), everything)
     return run
 
 
