@@ -4,8 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array
 
 from jaxrobust import balls
 from jaxrobust.attacks import inputs, loop, nearest
@@ -23,7 +21,7 @@ _TINY = 1e-30
 @attack_value(
     data=("step_size", "confidence", "trade_off"), meta=("searches", "steps", "bounds", "loop")
 )
-class CWL2:
+class CWL2(nearest.MinimumNorm):
     """Carlini and Wagner's minimum-norm attack, l2; made by `cw_l2`.
 
     minimise ||x(w) - x||^2 + c max(confidence - margin(x(w)), 0),  x(w) = box(tanh(w))
@@ -53,21 +51,7 @@ class CWL2:
     bounds: tuple[float, float] = (0.0, 1.0)
     loop: str = "auto"
 
-    def __call__(
-        self,
-        logits_fn: nearest.LogitsFn,
-        x: ArrayLike,
-        labels: ArrayLike,
-        key: Array | None = None,
-        mask: ArrayLike | None = None,
-        args: tuple = (),
-        targets: ArrayLike | None = None,
-    ) -> Array:
-        """Attacks a batch; arguments, result and errors as `DDN.__call__`."""
-        call = nearest.checked(logits_fn, x, labels, mask, args, targets, self.bounds)
-        x, classes, mask, args, targeted = call
-        if x.shape[0] == 0:
-            return x
+    def _nearest(self, logits_fn, x, classes, mask, args, targeted):
         carry, operands = _begin((logits_fn, targeted), self, x, classes, mask, args)
         carry = loop.iterate(
             _step,

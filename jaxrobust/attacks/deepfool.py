@@ -4,8 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array
 
 from jaxrobust import balls
 from jaxrobust.attacks import inputs, loop, nearest
@@ -19,7 +17,7 @@ _TINY = 1e-30
 
 
 @attack_value(data=("overshoot",), meta=("norm", "steps", "candidates", "bounds", "loop"))
-class DeepFool:
+class DeepFool(nearest.MinimumNorm):
     """DeepFool, in l2 or linf; made by `deepfool`.
 
     x <- x + (1 + overshoot) (|z_k - z_y| / ||g_k||_dual) d(g_k),  g_k = grad (z_k - z_y)
@@ -45,21 +43,7 @@ class DeepFool:
     bounds: tuple[float, float] = (0.0, 1.0)
     loop: str = "auto"
 
-    def __call__(
-        self,
-        logits_fn: nearest.LogitsFn,
-        x: ArrayLike,
-        labels: ArrayLike,
-        key: Array | None = None,
-        mask: ArrayLike | None = None,
-        args: tuple = (),
-        targets: ArrayLike | None = None,
-    ) -> Array:
-        """Attacks a batch; arguments, result and errors as `DDN.__call__`."""
-        call = nearest.checked(logits_fn, x, labels, mask, args, targets, self.bounds)
-        x, classes, mask, args, targeted = call
-        if x.shape[0] == 0:
-            return x
+    def _nearest(self, logits_fn, x, classes, mask, args, targeted):
         carry, operands = _begin((logits_fn, targeted), self, x, classes, mask, args)
         carry = loop.iterate(
             _step,

@@ -7,8 +7,6 @@ x_adv = attack(logits_fn, x, labels, args=(params,))
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array
 
 from jaxrobust import balls, losses
 from jaxrobust.attacks import inputs, loop, nearest
@@ -28,7 +26,7 @@ _TINY = 1e-30
 
 
 @attack_value(data=("init_norm", "gamma"), meta=("steps", "levels", "bounds", "loop"))
-class DDN:
+class DDN(nearest.MinimumNorm):
     """Decoupled direction and norm, l2; made by `ddn`.
 
     delta <- eps * unit(delta + a_i unit(grad CE)),  eps <- (1 -+ gamma) eps after a success or not
@@ -55,39 +53,7 @@ class DDN:
     bounds: tuple[float, float] = (0.0, 1.0)
     loop: str = "auto"
 
-    def __call__(
-        self,
-        logits_fn: nearest.LogitsFn,
-        x: ArrayLike,
-        labels: ArrayLike,
-        key: Array | None = None,
-        mask: ArrayLike | None = None,
-        args: tuple = (),
-        targets: ArrayLike | None = None,
-    ) -> Array:
-        """Attacks a batch.
-
-        Args:
-            logits_fn: (x, *args) -> [b, classes]. Pass the same function object every time, and
-                what changes through `args`: then an eager call compiles once.
-            x: [b, ...] float in `bounds`.
-            labels: [b] the true classes.
-            key: not used, nothing is drawn; here so that all attacks are called alike.
-            mask: broadcasts to x; a pixel may change where it is > 0.
-            args: arrays (or trees of them) that `logits_fn` takes besides x.
-            targets: None, or [b] classes, none equal to its label: success is to be taken for it.
-
-        Returns:
-            x_adv, of x's shape and type, in the box: the nearest success that was met; x bit for
-            bit where there was none, or where x itself is one.
-
-        Raises:
-            TypeError, ValueError: names the argument, its value and what was expected.
-        """
-        call = nearest.checked(logits_fn, x, labels, mask, args, targets, self.bounds)
-        x, classes, mask, args, targeted = call
-        if x.shape[0] == 0:
-            return x
+    def _nearest(self, logits_fn, x, classes, mask, args, targeted):
         carry, frame, worst = _begin_ddn(self, x, classes, mask)
         x_adv, _, best = loop.iterate(
             _step_ddn,
@@ -154,7 +120,7 @@ def _cosine(i, steps, first, last):
 
 
 @attack_value(data=("step_size", "gamma"), meta=("norm", "steps", "bounds", "loop"))
-class FMN:
+class FMN(nearest.MinimumNorm):
     """Fast minimum norm, in linf, l2, l1 or l0; made by `fmn`.
 
     delta <- project_eps(delta + a_i unit(grad margin)),  until a first success eps is the norm plus
@@ -182,21 +148,7 @@ class FMN:
     bounds: tuple[float, float] = (0.0, 1.0)
     loop: str = "auto"
 
-    def __call__(
-        self,
-        logits_fn: nearest.LogitsFn,
-        x: ArrayLike,
-        labels: ArrayLike,
-        key: Array | None = None,
-        mask: ArrayLike | None = None,
-        args: tuple = (),
-        targets: ArrayLike | None = None,
-    ) -> Array:
-        """Attacks a batch; arguments, result and errors as `DDN.__call__`."""
-        call = nearest.checked(logits_fn, x, labels, mask, args, targets, self.bounds)
-        x, classes, mask, args, targeted = call
-        if x.shape[0] == 0:
-            return x
+    def _nearest(self, logits_fn, x, classes, mask, args, targeted):
         carry, frame, worst = _begin_fmn(self, x, classes, mask)
         x_adv, _, best = loop.iterate(
             _step_fmn,

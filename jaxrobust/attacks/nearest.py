@@ -99,6 +99,44 @@ def checked(
     return x, targets, mask, args, True
 
 
+class MinimumNorm:
+    """An attack that looks for the nearest success; `_nearest` of a subclass does."""
+
+    bounds: tuple[float, float]
+
+    def __call__(
+        self,
+        logits_fn: LogitsFn,
+        x: ArrayLike,
+        labels: ArrayLike,
+        key: Array | None = None,
+        mask: ArrayLike | None = None,
+        args: tuple = (),
+        targets: ArrayLike | None = None,
+    ) -> Array:
+        """Attacks a batch.
+
+        Args:
+            logits_fn: (x, *args) -> [b, classes]. Pass the same function object every time, and
+                what changes through `args`: then an eager call compiles once.
+            x: [b, ...] float in `bounds`.
+            labels: [b] the true classes.
+            key: not used, nothing is drawn; here so that all attacks are called alike.
+            mask: broadcasts to x; a pixel may change where it is > 0.
+            args: arrays (or trees of them) that `logits_fn` takes besides x.
+            targets: None, or [b] classes, none equal to its label: success is to be taken for it.
+
+        Returns:
+            x_adv, of x's shape and type, in the box: the nearest success that was met; x bit for
+            bit where there was none, or where x itself is one.
+
+        Raises:
+            TypeError, ValueError: names the argument, its value and what was expected.
+        """
+        call = checked(logits_fn, x, labels, mask, args, targets, self.bounds)
+        return call[0] if call[0].shape[0] == 0 else self._nearest(logits_fn, *call)
+
+
 def frame(x: Array, classes: Array, mask: ArrayLike | None, bounds: tuple[float, float]) -> Frame:
     """The box of each pixel; a masked pixel's holds nothing but itself."""
     base = x.astype(jnp.promote_types(x.dtype, jnp.float32))

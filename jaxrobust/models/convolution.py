@@ -9,10 +9,8 @@ algorithm is chosen when a program is compiled for a platform: XLA's convolution
 on CPUs, where `_cpu_*` choose by shape.
 
 Why CPUs differ: inside a loop body XLA's transposed convolutions miss its fast kernels (JAX issue
-12868), here by 10 (input) and 50 to 200 times (kernel). Gains in processor time, measured on a
-Zen 5: Winograd 1.4 to 2.2 over the direct sum, its kernel gradient 1.3 to 2.4 over matrix products;
-depthwise 8 to 20 (forward), over 20 (input), 1.5 to 4 (kernel) over XLA; phases of a stride 1.0 to
-2.0 over a dilated input; scattered products, for few input channels, 1.4 to 8 over phases.
+12868), here by 10 (input) and 50 to 200 times (kernel). What each choice gains by shape stands in
+BUILD_NOTES.md.
 """
 
 import functools
