@@ -13,6 +13,7 @@ run that is stopped goes on where it was, inside an attack too.
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -79,6 +80,10 @@ def suite_of(config: Config, queries: int):
     return suite
 
 
+# Built once: equal models of different cells share what is compiled.
+build = functools.cache(jr.models.build)
+
+
 def network(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.Model, Any]:
     """A network of the first experiment with its weights: what that one left, or trained now."""
     first = argparse.Namespace(**{**vars(options), "experiment": base.NAME})
@@ -86,7 +91,7 @@ def network(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.M
     wanted = next(
         theirs for theirs in base.keys(config.training) if all(theirs[n] == key[n] for n in same)
     )
-    model = jr.models.build(wanted["model"])
+    model = build(wanted["model"])
     path = common.run_folder(first, config.training, wanted) / "weights.safetensors"
     if not path.exists():
         fitted = base.train(wanted, config.training, sets, first, model)
@@ -108,13 +113,8 @@ def cell(key: dict, config: Config, sets: dict, options) -> dict[str, Any]:
         images, labels = images[: config.test_images], labels[: config.test_images]
     mesh = common.mesh_for(options, config.batch_size)
     placed = jr.parallel.create(lambda: jax.tree.map(jnp.asarray, variables), mesh)
-    apply = model.apply
-
-    def logits_fn(x, variables):
-        return apply(variables, x)
-
     report = jr.evaluate(
-        logits_fn,
+        common.LogitsOf(model.apply),
         images,
         labels,
         threats={key["threat"]: key["eps"]},

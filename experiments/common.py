@@ -76,6 +76,17 @@ def mesh_for(options: argparse.Namespace, batch_size: int) -> jax.sharding.Mesh:
     return parallel.data_mesh(None if jax.process_count() > 1 else count)
 
 
+@dataclasses.dataclass(frozen=True)
+class LogitsOf:
+    """A network as attacks on classifiers call it; equal networks share what is compiled."""
+
+    apply: Callable[..., jax.Array]
+
+    def __call__(self, x: jax.Array, variables: Any) -> jax.Array:
+        """The logits of x."""
+        return self.apply(variables, x)
+
+
 class Results:
     """The cells of one results file, written whole after each new one.
 

@@ -36,7 +36,7 @@ NAME = "sipat"
 def weights(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.Model, dict, dict]:
     """The cell's network, trained if it is not there: (model, variables, what that took)."""
     problem, method = config.problems[key["dataset"]], config.methods[key["method"]]
-    model = jr.models.build(**problem.model)
+    model = sets[key["dataset"]]["model"]
     path = common.run_folder(options, config, key) / "weights.safetensors"
     taken = {}
     if not path.exists():
@@ -190,7 +190,7 @@ def evaluate(key, config, sets, options, model, variables) -> dict[str, Any]:
 def suite(key, config, test, model, variables) -> dict[str, Any]:
     """AutoAttack's standard suite on the first test images."""
     problem, rows = config.problems[key["dataset"]], slice(0, config.suite_images)
-    logits_fn = lambda x, variables: model.apply(variables, x)  # noqa: E731
+    logits_fn = common.LogitsOf(model.apply)
     found = [
         jr.auto_attack(
             logits_fn, test.images[rows], test.labels[rows], eps=eps, key=jax.random.key(19),
@@ -225,12 +225,13 @@ def pictures(config, sets, options, path) -> None:
         plots_sipat.pictures(path, dataset, images, maps, spared, plain)
 
 
-def load(config: Config) -> dict[str, dict[str, jr.data.Dataset]]:
-    """Training and test images of every problem."""
+def load(config: Config) -> dict[str, dict[str, Any]]:
+    """Training and test images of every problem, and its network, which all its cells share."""
     return {
         name: {
             "train": first(jr.data.load(p.dataset, p.train_split), config.train_images),
             "test": first(jr.data.load(p.dataset, "test"), config.test_images),
+            "model": jr.models.build(**p.model),
         }
         for name, p in config.problems.items()
     }
