@@ -1,13 +1,17 @@
 """AutoAttack against the reference PyTorch implementation: the same answer, and how much faster.
 
     pip install -e '.[bench]'
-    python -m experiments.bench_autoattack                  # hours on 2 cores; resumes cell by cell
+    python -m experiments.bench_autoattack                  # 1 hour on 2 cores; resumes by cell
+    python -m experiments.bench_autoattack --preset large   # a residual network, as long again
+    python -m experiments.bench_autoattack --preset wide    # PreActResNet-18, one attack, minutes
     python -m experiments.bench_autoattack --preset smoke   # ours alone, seconds
 
 Networks are trained adversarially here, and both sides attack the same weights: every attack alone
 on all images, and then the standard suite. Ours is compiled before it is timed, by an attack at a
 radius at which everything falls; PyTorch has nothing to compile. The reference is `pyautoattack`,
-checked by its authors against the original. What the results file holds is not measured again.
+checked by its authors against the original. A network too large to train here is timed untrained,
+against its own answers, at a radius so small that they hold: every image then takes all the steps.
+What the results file holds is not measured again.
 """
 
 import dataclasses
@@ -34,7 +38,7 @@ SUITE = "standard"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One network, how it is trained, and what it is attacked with."""
+    """One network, how it is trained (not at all if `epochs` is 0), and how it is attacked."""
 
     model: Mapping[str, Any]
     dataset: str
@@ -46,33 +50,36 @@ class Problem:
 
 
 DIGITS = {"name": "small_cnn", "channels": (16, 32), "strides": (1, 2), "kernel": 3}
-WIDE = {"name": "preact_resnet", "stages": (2, 2, 2, 2), "widths": (16, 32, 64, 128)}
+SMALL = {
+    "digits_cnn": Problem(
+        model=DIGITS, dataset="digits", norm="linf", eps=0.15, epochs=60, rate=5e-3, images=1000
+    ),
+    "mnist_cnn": Problem(
+        model={"name": "small_cnn"}, dataset="mnist5k", norm="linf", eps=0.3, epochs=20, rate=1e-2,
+        images=1000,
+    ),
+    "mnist_cnn_l2": Problem(
+        model={"name": "small_cnn"}, dataset="mnist5k", norm="l2", eps=2.0, epochs=20, rate=1e-2,
+        images=1000,
+    ),
+}  # fmt: skip
+LARGE = Problem(
+    model={
+        "name": "preact_resnet", "norm": "batch", "stages": (1,) * 4, "widths": (16, 32, 64, 128)
+    },
+    dataset="mnist5k", norm="linf", eps=0.3, epochs=8, rate=5e-3, images=200,
+)  # fmt: skip
+WIDE = Problem(
+    model={"name": "preact_resnet18", "norm": "batch"}, dataset="cifar10", norm="linf", eps=1e-5,
+    epochs=0, rate=0.0, images=20,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What is attacked."""
 
-    problems: Mapping[str, Problem] = dataclasses.field(
-        default_factory=lambda: {
-            "digits_cnn": Problem(
-                model=DIGITS, dataset="digits", norm="linf", eps=0.15, epochs=60, rate=5e-3,
-                images=1000,
-            ),
-            "mnist_cnn": Problem(
-                model={"name": "small_cnn"}, dataset="mnist5k", norm="linf", eps=0.3, epochs=20,
-                rate=1e-2, images=1000,
-            ),
-            "mnist_cnn_l2": Problem(
-                model={"name": "small_cnn"}, dataset="mnist5k", norm="l2", eps=2.0, epochs=20,
-                rate=1e-2, images=1000,
-            ),
-            "preact_resnet18_narrow": Problem(
-                model={**WIDE, "norm": "batch"}, dataset="mnist5k", norm="linf", eps=0.2, epochs=8,
-                rate=5e-3, images=200,
-            ),
-        }
-    )  # fmt: skip
+    problems: Mapping[str, Problem] = dataclasses.field(default_factory=lambda: SMALL)
     attacks: tuple[str, ...] = (*ATTACKS, SUITE)
     queries: int = 5000
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -82,6 +89,8 @@ class Config:
 
 PRESETS = {
     "full": Config(),
+    "large": Config(problems={"preact_resnet10": LARGE}),
+    "wide": Config(problems={"preact_resnet18": WIDE}, attacks=("apgd-ce",)),
     "smoke": Config(
         problems={
             "digits_cnn": Problem(
@@ -100,6 +109,9 @@ PRESETS = {
 def trained(name: str, problem: Problem, config: Config, options) -> tuple[jr.models.Model, dict]:
     """The network with its weights, from the run folder if they are there."""
     model = jr.models.build(**problem.model)
+    if not problem.epochs:
+        images = jr.data.foolbox_photos(problem.dataset).images
+        return model, model.init(jax.random.key(0), images.shape[1:])
     path = common.run_folder(options, config, {"model": name}) / "weights.safetensors"
     if path.exists():
         return model, jr.checkpoint.load_weights(path)
@@ -128,8 +140,11 @@ def trained(name: str, problem: Problem, config: Config, options) -> tuple[jr.mo
     return model, variables
 
 
-def examples_of(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def examples_of(problem: Problem, model, variables) -> tuple[np.ndarray, np.ndarray]:
     """Test images first; a small set is filled up with others, since nothing is claimed of them."""
+    if not problem.epochs:
+        images = jr.data.foolbox_photos(problem.dataset).images[: problem.images]
+        return images, np.asarray(model.apply(variables, images).argmax(1))
     test, rest = (jr.data.load(problem.dataset, s) for s in ("test", "train+validation"))
     images = np.concatenate([test.images, rest.images])[: problem.images]
     return images, np.concatenate([test.labels, rest.labels])[: problem.images]
@@ -137,7 +152,7 @@ def examples_of(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def ours(model, variables, problem: Problem, attack: str, config: Config, options):
     """A function of a seed that gives the accuracy under our attack, compiled."""
-    images, labels = examples_of(problem)
+    images, labels = examples_of(problem, model, variables)
     mesh = common.mesh_for(options, config.batch_size)
     placed = jr.parallel.create(lambda: jax.tree.map(jax.numpy.asarray, variables), mesh)
     suite = evaluation.suite("standard", problem.norm, problem.eps)
@@ -170,7 +185,7 @@ def reference(model, variables, problem: Problem, attack: str, config: Config):
 
     from experiments import torch_twins
 
-    images, labels = examples_of(problem)
+    images, labels = examples_of(problem, model, variables)
     net = torch_twins.freeze(torch_twins.twin(model.config, variables, images.shape[1:]))
     x, y = torch_twins.nchw(images), torch.from_numpy(np.array(labels)).long()
     norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[problem.norm]
@@ -214,7 +229,8 @@ def table(path: Path) -> str:
 def main(config: Config, options) -> None:
     """Attacks every network with every attack in turn, seed by seed, and writes the results."""
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    path = options.out / f"{NAME}-{kind if options.preset == 'full' else options.preset}.json"
+    names = {"full": kind, "large": f"{kind}-large", "wide": f"{kind}-wide"}
+    path = options.out / f"{NAME}-{names.get(options.preset, options.preset)}.json"
     results = common.Results(path, NAME, options.preset, config)
     jobs = [
         (name, attack, seed)
