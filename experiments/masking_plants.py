@@ -231,20 +231,35 @@ def jobs(config: Config):
 
 
 def cell(key, random, place, logits_fn, variables, config: Config) -> dict:
-    """Figures of all checks on one plant."""
-    test = jr.data.load("digits", "test")
-    options = {"steps": config.steps, "targets": config.targets, "queries": config.queries}
+    """Robust accuracy under white-box attacks, and figures of all checks, of one plant."""
+    test, norm = jr.data.load("digits", "test"), key["norm"]
+    steps, targets, draws = config.steps, config.targets, 0
     if random:
-        options |= {"random": True, "steps": config.steps // 4, "targets": 2, "draws": 10}
+        steps, targets, draws = steps // 4, 2, 10
     count = config.images // 3 if random else config.images
+    images, labels = test.images[:count], test.labels[:count]
+    eps = config.eps if norm == "linf" else 0.5
+    shared = {
+        "eps": eps, "norm": norm, "key": jax.random.key(7), "batch_size": count,
+        "args": (variables, *place, key["strength"]),
+    }  # fmt: skip
+    options = {"steps": steps, "draws": draws}
+    attacks = {
+        "apgd-ce": jr.apgd_ce(norm, eps, **options),
+        "apgd-t": jr.apgd_t(norm, eps, targets=targets, **options),
+    }
+    white = jr.auto_attack(
+        logits_fn, images, labels, version="custom", attacks=attacks, progress=False, **shared
+    )
     card = evaluation.report_card(
-        logits_fn, test.images[:count], test.labels[:count], norm=key["norm"],
-        eps=config.eps if key["norm"] == "linf" else 0.5, key=jax.random.key(7),
-        args=(variables, *place, key["strength"]), batch_size=count, **options,
+        logits_fn, images, labels, white_box=white.robust, random=random, draws=draws,
+        queries=config.queries, **shared,
     )  # fmt: skip
     figures = {check.name: check.figure for check in card}
     flags = [check.name for check in card if check.verdict == "flag"]
-    return {"figures": figures, "limits": {c.name: c.limit for c in card}, "flags": flags}
+    limits = {check.name: check.limit for check in card}
+    robust = float(white.robust.mean())
+    return {"robust": robust, "figures": figures, "limits": limits, "flags": flags}
 
 
 def table(cells: list[dict]) -> str:
@@ -257,8 +272,9 @@ def table(cells: list[dict]) -> str:
             "" if figure is None else f"{figure:.3g}" + "!" * (name in metrics["flags"])
             for name, figure in metrics["figures"].items()
         ]
-        rows.append([key["network"], key["plant"], f"{key['strength']:g}", *shown])
-    return common.markdown(["network", "plant", "strength", *names], rows)
+        where = [key["network"], key["plant"], f"{key['strength']:g}"]
+        rows.append([*where, f"{metrics['robust']:.3g}", *shown])
+    return common.markdown(["network", "plant", "strength", "robust", *names], rows)
 
 
 def main(config: Config, options) -> None:

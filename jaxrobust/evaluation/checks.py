@@ -12,15 +12,16 @@ from jaxrobust.evaluation.probes import Probe, flat
 BEATEN = 0.002
 CONVERGED = 0.005
 COUPLE = 2
-# Largest honest jump measured 2e-5, of four small CNNs (experiments/masking_plants.py); a float32
-# pixel cannot tell 1e-6 in finer steps, and bfloat16 rounds at 4e-3.
-JUMP = 0.05
+# Limits set between honest networks and planted defences of experiments/masking_plants.py.
+# Honest: 2e-6; noise that hangs on the image: 0.03 and more; bfloat16 rounds at 4e-3.
+JUMP = 0.01
 # Two programs of one function may round differently.
 REPEAT = 1e-4
-# Honest networks, plain and adversarially trained: 0.9986 and more; a saturated sigmoid: 0.08.
+# Honest: 0.9986 and more; masked: below 0.86, but for a weak plant or two that others catch.
 COSINE = 0.9
-AGREEMENT = 0.9
-# Accuracy where all is grey: 0 for honest networks; 0.29 behind a sigmoid that saturates. So many
+# Random without harm: 0.998; random enough to stand in the attack's way: 0.963 and less.
+AGREEMENT = 0.97
+# Accuracy where all is grey: 0 for honest networks; 0.15 to 0.9 where no gradient is left. So many
 # standard errors above chance.
 SURE = 3.0
 # Of a share, which is a float.
