@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
+from jaxrobust import bisection
+
 # Below this a gradient's norm counts as zero; it only keeps the division finite.
 _TINY = 1e-30
 
@@ -164,9 +166,7 @@ def _sample_l2(keys, eps, shape):
 def _project_l1(delta, eps, low, high):
     """Nearest point of the l1 ball cut with the box, exactly.
 
-    The answer is sign(u) clip(|u| - t, 0, room) for the one t >= 0 at which the norm is the
-    radius. The norm is piecewise linear in t with kinks at |u| and |u| - room: sort them, walk
-    down, and solve in the segment where the radius is met.
+    The answer is sign(u) clip(|u| - t, 0, room) for the smallest t >= 0 at which it is inside.
 
     Source: Croce and Hein 2021 (Mind the box), proposition 2.1; Duchi et al. 2008 without a box.
     """
@@ -174,18 +174,9 @@ def _project_l1(delta, eps, low, high):
     u = _divide(delta, eps)
     size = jnp.abs(u).reshape(batch, -1)
     room = _divide(jnp.where(u > 0, high, -low), eps).reshape(batch, -1)
-    saturates = jnp.maximum(size - room, 0)
-    kinks = jnp.concatenate([size, saturates], 1)
-    slopes = jnp.concatenate([jnp.ones_like(size), -jnp.ones_like(size)], 1)
-    kinks, slopes = jax.lax.sort((-kinks, slopes), dimension=1, num_keys=1)
-    kinks, slopes = -kinks, jnp.cumsum(slopes, 1)
-    below = jnp.concatenate([kinks[:, 1:], jnp.zeros_like(kinks[:, :1])], 1)
-    norm = jnp.cumsum(slopes * (kinks - below), 1)  # at the lower end of each segment
-    segment = jnp.argmax(norm >= 1, 1)[:, None]
-    at = lambda values: jnp.take_along_axis(values, segment, 1)  # noqa: E731
-    threshold = at(below) + (at(norm) - 1) / jnp.maximum(at(slopes), 1)
-    threshold = jnp.where(norm[:, -1:] > 1, threshold, 0)
-    kept = jnp.clip(size - threshold, 0, room).reshape(delta.shape)
+    left = lambda t: jnp.clip(size - t[:, None], 0, room)  # noqa: E731
+    shift = bisection.smallest(lambda t: left(t).sum(1) <= 1, batch, size.dtype)
+    kept = left(shift).reshape(delta.shape)
     # The division and the clip take back what rounding left outside of ball and box.
     return jnp.clip(eps * jnp.sign(u) * kept / jnp.maximum(_sum(kept), 1), low, high)
 
@@ -201,16 +192,13 @@ def _ascend_l1(grad, step, eps, low, high):
     room = _divide(jnp.where(grad > 0, high, -low) * (grad != 0), eps)
     room = jnp.minimum(jnp.broadcast_to(room, grad.shape).reshape(batch, -1), 1)
     slope = jnp.abs(grad * eps).reshape(batch, -1)
-    order = jnp.argsort(-slope, 1)
-    room, slope = (jnp.take_along_axis(v, order, 1) for v in (room, slope))
-    left = 1 - (jnp.cumsum(room, 1) - room)  # of the radius, when a pixel's turn comes
-    paid = (left > 0) & (slope > 0)
-    last = jnp.where(paid, left, 1).min(1, keepdims=True)
-    # A full pixel moves no less than the last one, which gets what is left: the projection takes
-    # the same from all, and would otherwise pull pixels of little room back out of their box.
-    move = jnp.where(paid, jnp.maximum(jnp.minimum(left, room), last), 0)
-    rows = jnp.arange(batch)[:, None]
-    move = jnp.zeros_like(move).at[rows, order].set(move, unique_indices=True)
+    move = bisection.fill(slope, room, jnp.ones(batch, slope.dtype))
+    # A full pixel moves no less than one that got a part: the projection takes the same from all,
+    # and would otherwise pull pixels of little room back out of their box.
+    moves = move > 0
+    part = jnp.where(moves & (move < room), move, 0).max(1, keepdims=True)
+    flattest = jnp.where(moves, slope, jnp.inf).min(1, keepdims=True)
+    move = jnp.where(moves | (slope > flattest), jnp.maximum(move, part), 0)
     return step * jnp.sign(grad) * move.reshape(grad.shape)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxrobust import balls
+from jaxrobust import balls, bisection
 from jaxrobust.attacks import box
 from jaxrobust.attacks.value import Number
 
@@ -276,6 +276,6 @@ def _sparse_step(grad, share):
     size = jnp.abs(grad).reshape(grad.shape[0], -1)
     pixels = size.shape[1]
     rank = jnp.clip((1 - share) * pixels, 0, pixels - 1).astype(jnp.int32)
-    least = jnp.take_along_axis(jnp.sort(size, 1), rank[:, None], 1)
-    sign = jnp.sign(grad) * (size >= least).reshape(grad.shape)
+    least = bisection.kth_largest(size, pixels - rank)
+    sign = jnp.sign(grad) * (size >= least[:, None]).reshape(grad.shape)
     return sign / (jnp.abs(sign).sum(tuple(range(1, grad.ndim)), keepdims=True) + 1e-10)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrobust import bisection
+
 # Each sweep leaves at least one kink behind; a few dozen were never needed on real gradients.
 _MOST_SWEEPS = 100
 
@@ -41,7 +43,8 @@ def project(
     slope, need = jnp.abs(w), jnp.abs(gap)
     room = jnp.where(w > 0, x - bounds[0], bounds[1] - x) * (w != 0)
     if norm == "l1":
-        size = _steepest_first(slope, room, need)
+        paid = bisection.fill(slope, slope * room, need)
+        size = jnp.minimum(paid / jnp.where(slope > 0, slope, 1), room)
     else:
         unit = jnp.ones_like(slope) if norm == "linf" else slope
         size = jnp.minimum(_root(slope, unit, room, need)[:, None] * unit, room)
@@ -64,12 +67,3 @@ def _root(slope, unit, room, need):
 
     start = (jnp.zeros_like(need), jnp.asarray(True), 0)
     return jax.lax.while_loop(lambda c: c[1] & (c[2] < _MOST_SWEEPS), sweep, start)[0]
-
-
-def _steepest_first(slope, room, need):
-    order = jnp.argsort(-slope, 1)
-    steep, space = (jnp.take_along_axis(a, order, 1) for a in (slope, room))
-    paid = jnp.cumsum(steep * space, 1) - steep * space  # before a pixel's turn
-    move = jnp.clip((need[:, None] - paid) / jnp.where(steep > 0, steep, 1), 0, space)
-    rows = jnp.arange(slope.shape[0])[:, None]
-    return jnp.zeros_like(move).at[rows, order].set(move * (steep > 0), unique_indices=True)

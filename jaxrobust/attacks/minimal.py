@@ -8,7 +8,7 @@ x_adv = attack(logits_fn, x, labels, args=(params,))
 import jax
 import jax.numpy as jnp
 
-from jaxrobust import balls, losses
+from jaxrobust import balls, bisection, losses
 from jaxrobust.attacks import inputs, loop, nearest
 from jaxrobust.attacks.value import Number, attack_value
 
@@ -18,8 +18,6 @@ _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 # The logits' range in which softmax neither saturates nor goes flat. DDN scales others into it, so
 # that its cross entropy has the same gradient directions at any temperature.
 _SPREAD = (10.0, 20.0)
-# Halvings after which a float32 threshold does not move any more.
-_HALVINGS = 31
 # On a linear piece the estimated distance ends exactly on the boundary: go beyond by this share.
 _BEYOND = 1e-3
 _TINY = 1e-30
@@ -205,45 +203,18 @@ def _next_count(eps, gamma, success, best):
 
 
 def _projected(norm, delta, eps, frame):
-    """The nearest perturbation of norm <= eps; in l1 inside the box too."""
+    """The nearest perturbation of norm <= eps; but in l2 and l0 inside the box too."""
     low, high = frame.low - frame.x, frame.high - frame.x
     if norm == "l0":
         return _largest(delta, eps)
-    if norm == "l1":
-        return _shrunk(delta, eps, low, high)
     return balls.ball(norm).project(delta, eps, low, high)
-
-
-def _shrunk(delta, eps, low, high):
-    """The l1 projection of `balls`, its threshold by bisection: sorts are slow on CPU."""
-    size, room = jnp.abs(delta), jnp.where(delta > 0, high, -low)
-    left = lambda threshold: jnp.clip(size - threshold, 0, room)  # noqa: E731
-
-    def halve(_, ends):
-        inside, outside = ends  # thresholds whose norm is <= eps, and > eps
-        middle = (inside + outside) / 2
-        fits = nearest.rows(nearest.total(left(middle)), delta) <= eps
-        return jnp.where(fits, middle, inside), jnp.where(fits, outside, middle)
-
-    most = size.max(tuple(range(1, size.ndim)), keepdims=True)
-    threshold = jax.lax.fori_loop(0, _HALVINGS, halve, (most, jnp.zeros_like(most)))[0]
-    fits = nearest.rows(nearest.total(left(0)), delta) <= eps
-    return jnp.sign(delta) * left(jnp.where(fits, 0, threshold))
 
 
 def _largest(delta, eps):
     """Its `eps` largest entries, and all that equal the last of them; 0 elsewhere."""
-    # The bits of floats >= 0 are ordered as they are: bisecting them finds the exact entry.
-    size = jax.lax.bitcast_convert_type(jnp.abs(delta).astype(jnp.float32), jnp.int32)
-
-    def halve(_, ends):
-        many, few = ends  # thresholds that at least eps entries reach, and that fewer do
-        middle = many + (few - many) // 2
-        enough = nearest.rows(nearest.total((size >= middle).astype(eps.dtype)), delta) >= eps
-        return jnp.where(enough, middle, many), jnp.where(enough, few, middle)
-
-    ends = tuple(jnp.full_like(eps, value, jnp.int32) for value in (0, 0x7F800000))
-    return jnp.where(size >= jax.lax.fori_loop(0, _HALVINGS, halve, ends)[0], delta, 0)
+    size = jnp.abs(delta).reshape(delta.shape[0], -1)
+    least = nearest.rows(bisection.kth_largest(size, eps.ravel()), delta)
+    return jnp.where(jnp.abs(delta) >= least, delta, 0)
 
 
 def ddn(

@@ -21,11 +21,11 @@ Schedule = Callable[[Array], Array]
 
 
 class Context(NamedTuple):
-    """What `perturb` may look at.
+    """What an objective may look at.
 
     Attributes:
-        apply: x -> logits, the model in inference mode at the current weights; takes the `taps`
-            and `perturbations` of `Model.apply` too.
+        apply: x -> logits, the model in inference mode at the step's weights, through which no
+            gradient reaches them; takes the `taps` and `perturbations` of `Model.apply` too.
         keys: [b], one per example.
         step: the number of the training step.
         extra: `TrainState.extra`.
@@ -48,15 +48,16 @@ class Objective(NamedTuple):
 
     Attributes:
         perturb: (context, images, labels) -> (x_adv, extra, metrics).
-        loss: (forward, images, x_adv, labels) -> ([b] losses, [b, classes] adversarial logits,
-            batch_stats), where forward(x) -> (logits, batch_stats) runs in training mode.
+        loss: (context, forward, images, x_adv, labels) -> ([b] losses, metrics, batch_stats), where
+            forward(x) -> (logits, batch_stats) runs in training mode and takes the `taps` of
+            `Model.train`. Metrics are scalars of this device's examples, {"accuracy": ...}.
         extra: what the method keeps in `TrainState.extra`.
         move_weights: None, or (gradient_fn, params, step) -> the weights at which the gradient is
             taken.
     """
 
     perturb: Callable[..., tuple[Array, PyTree, dict]]
-    loss: Callable[..., tuple[Array, Array, PyTree]]
+    loss: Callable[..., tuple[Array, dict, PyTree]]
     extra: PyTree = None
     move_weights: Callable[..., PyTree] | None = None
 
@@ -113,10 +114,11 @@ def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = No
         x_adv = scaled(loss_fn, images, context.keys, mask=context.mask, args=(clean,))
         return x_adv, context.extra, {}
 
-    def loss(forward, images, x_adv, labels):
+    def loss(context, forward, images, x_adv, labels):
         clean, adversarial, stats = _forward_both(forward, images, x_adv)
         penalty = losses.trades_kl(clean, adversarial)
-        return losses.cross_entropy(clean, labels) + beta * penalty, adversarial, stats
+        total = losses.cross_entropy(clean, labels) + beta * penalty
+        return total, _accuracy(adversarial, labels), stats
 
     return Objective(perturb, loss)
 
@@ -137,10 +139,11 @@ def mart(attack: Any, beta: float = 5.0, *, eps_schedule: Schedule | None = None
         x_adv = _attacked(attack, eps_schedule, context, images, labels)
         return x_adv, context.extra, {}
 
-    def loss(forward, images, x_adv, labels):
+    def loss(context, forward, images, x_adv, labels):
         clean, adversarial, stats = _forward_both(forward, images, x_adv)
         penalty = losses.mart_kl(clean, adversarial, labels)
-        return losses.mart_bce(adversarial, labels) + beta * penalty, adversarial, stats
+        total = losses.mart_bce(adversarial, labels) + beta * penalty
+        return total, _accuracy(adversarial, labels), stats
 
     return Objective(perturb, loss)
 
@@ -241,12 +244,16 @@ def _attacked(attack, eps_schedule, context, images, labels):
 
 
 def _cross_entropy_at_x_adv(label_smoothing):
-    def loss(forward, images, x_adv, labels):
+    def loss(context, forward, images, x_adv, labels):
         logits, stats = forward(x_adv)
         smooth = losses.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        return smooth, logits, stats
+        return smooth, _accuracy(logits, labels), stats
 
     return loss
+
+
+def _accuracy(logits, labels):
+    return {"accuracy": (logits.argmax(1) == labels).mean(dtype=jnp.float32)}
 
 
 def _forward_both(forward, images, x_adv):

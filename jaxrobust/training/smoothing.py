@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxrobust import losses, smoothing
 from jaxrobust.attacks.inputs import check_number, fold
 from jaxrobust.smoothing.sampling import check_count
-from jaxrobust.training.objectives import Objective, Schedule, _scaled
+from jaxrobust.training.objectives import Objective, Schedule, _accuracy, _scaled
 
 # The two uses of an example's key.
 _NOISE, _ATTACK = 0, 1
@@ -36,10 +36,10 @@ def gaussian(sigma: float, *, samples: int = 1, label_smoothing: float = 0.0) ->
     def perturb(context, images, labels):
         return _noisy(context, images, sigma, samples), context.extra, {}
 
-    def loss(forward, images, x_adv, labels):
+    def loss(context, forward, images, x_adv, labels):
         logits, stats = _forward_copies(forward, x_adv)
         each = _each_copy(logits, labels, label_smoothing)
-        return each.mean(1), _votes(logits), stats
+        return each.mean(1), _accuracy(_votes(logits), labels), stats
 
     return Objective(perturb, loss)
 
@@ -68,7 +68,7 @@ def consistency(
     def perturb(context, images, labels):
         return _noisy(context, images, sigma, samples), context.extra, {}
 
-    def loss(forward, images, x_adv, labels):
+    def loss(context, forward, images, x_adv, labels):
         logits, stats = _forward_copies(forward, x_adv)
         log_p = jax.nn.log_softmax(logits)
         log_q = _log_mean(log_p)
@@ -77,7 +77,8 @@ def consistency(
         disorder = -(q * log_q).sum(1)
         apart = -(q * log_p.mean(1)).sum(1) - disorder
         fit = _each_copy(logits, labels, 0.0).mean(1)
-        return fit + weight * apart + entropy * disorder, log_q, stats
+        total = fit + weight * apart + entropy * disorder
+        return total, _accuracy(log_q, labels), stats
 
     return Objective(perturb, loss)
 
@@ -114,9 +115,9 @@ def smooth_adv(
         )
         return x_adv[:, None] + drawn, context.extra, {}
 
-    def loss(forward, images, x_adv, labels):
+    def loss(context, forward, images, x_adv, labels):
         logits, stats = _forward_copies(forward, x_adv)
-        return _each_copy(logits, labels, 0.0).mean(1), _votes(logits), stats
+        return _each_copy(logits, labels, 0.0).mean(1), _accuracy(_votes(logits), labels), stats
 
     return Objective(perturb, loss)
 
@@ -153,14 +154,14 @@ def denoising(
     def perturb(context, images, labels):
         return _noisy(context, images, sigma, 1)[:, 0], context.extra, {}
 
-    def loss(forward, images, x_adv, labels):
+    def loss(context, forward, images, x_adv, labels):
         restored, stats = forward(x_adv)
         logits = classify(restored)
         total = mse * losses.squared_error(restored, images)
         if stability:
             own = jax.lax.stop_gradient(classify(images).argmax(1))
             total += stability * losses.cross_entropy(logits, own)
-        return total, jax.lax.stop_gradient(logits), stats
+        return total, _accuracy(logits, labels), stats
 
     return Objective(perturb, loss)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxrobust import parallel
@@ -48,8 +47,8 @@ def train_step(
     Returns:
         step(state, batch, axis_name=None) -> (state, metrics). batch is a dict of image
         [b, h, w, c], label [b], index [b] and, for methods that look at it, salience
-        [b, h, w, 1]; metrics are scalars averaged over the global batch: loss, accuracy (on the
-        adversarial batch), gradient_norm, and the objective's own.
+        [b, h, w, 1]; metrics are scalars averaged over the global batch: loss, gradient_norm, and
+        the objective's own, such as accuracy on the adversarial batch.
 
     Raises:
         ValueError: an option out of its range; when traced, b not divisible by `accumulate`.
@@ -102,12 +101,12 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
     x_adv = jax.lax.stop_gradient(x_adv)
 
     def mean_loss(params):
-        def forward(x):
+        def forward(x, **options):
             variables = {"params": params, "batch_stats": batch_stats}
-            return model.train(variables, x, axis_name=axis_name, dtype=dtype)
+            return model.train(variables, x, axis_name=axis_name, dtype=dtype, **options)
 
-        losses, logits, stats = objective.loss(forward, images, x_adv, labels)
-        return losses.mean(), (stats, (logits.argmax(1) == labels).mean(dtype=jnp.float32))
+        losses, measured, stats = objective.loss(context, forward, images, x_adv, labels)
+        return losses.mean(), (stats, measured)
 
     def gradient_fn(params):
         return parallel.mean_gradient(mean_loss, params, axis_name)
@@ -115,8 +114,8 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
     params = state.params
     if objective.move_weights is not None:
         params = objective.move_weights(lambda p: gradient_fn(p)[1], params, state.step)
-    (loss, (batch_stats, accuracy)), gradients = gradient_fn(params)
-    metrics = {"loss": loss, "accuracy": parallel.mean(accuracy, axis_name), **metrics}
+    (loss, (batch_stats, measured)), gradients = gradient_fn(params)
+    metrics = {"loss": loss, **parallel.mean(measured, axis_name), **metrics}
     return (batch_stats, extra), (gradients, metrics)
 
 
