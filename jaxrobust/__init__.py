@@ -10,6 +10,7 @@ from jaxrobust import (
     attacks,
     balls,
     checkpoint,
+    cropd,
     data,
     evaluation,
     flops,
@@ -49,6 +50,7 @@ from jaxrobust.attacks import (
     worst_of,
 )
 from jaxrobust.evaluation import auto_attack, evaluate
+from jaxrobust.models import defend
 from jaxrobust.sipat import sip_pgd
 from jaxrobust.smoothing import certify
 
@@ -64,10 +66,12 @@ __all__ = [
     "balls",
     "certify",
     "checkpoint",
+    "cropd",
     "cw_l2",
     "data",
     "ddn",
     "deepfool",
+    "defend",
     "evaluate",
     "evaluation",
     "fab",

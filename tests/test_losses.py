@@ -87,6 +87,14 @@ def slow_info_nce(anchors, positives, t=0.1):
     )
 
 
+def slow_adversarial_contrastive(adversarial, clean, t=0.5):
+    losses = []
+    for i, (a, z) in enumerate(zip(adversarial, clean, strict=True)):
+        others = [np.exp(slow_cosine(z, w) / t) for j, w in enumerate(clean) if j != i]
+        losses.append(-np.log(np.exp(slow_cosine(a, z) / t) / sum(others)))
+    return np.array(losses)
+
+
 def slow_supervised_contrastive(views, labels, t=0.1):
     rows = [(i, u) for view in views for i, u in enumerate(view)]
     result = np.zeros(len(labels))
@@ -157,6 +165,11 @@ CLASSIFICATION = {
     ),
 }
 CONTRASTIVE = {
+    "adversarial_contrastive": (
+        losses.adversarial_contrastive,
+        slow_adversarial_contrastive,
+        (Z1, Z2),
+    ),
     "info_nce": (losses.info_nce, slow_info_nce, (Z1, Z2)),
     "nt_xent": (losses.nt_xent, slow_nt_xent, (Z1, Z2)),
     "clip_loss": (losses.clip_loss, slow_clip_loss, (Z1, Z2)),
@@ -303,7 +316,7 @@ def test_logit_losses_ignore_a_shift_and_dlr_a_scale(seed, shift, log_scale):
 JITTED = {name: (jax.jit(loss), slow, a) for name, (loss, slow, a) in CLASSIFICATION.items()}
 
 
-@pytest.mark.parametrize("name", ["info_nce", "nt_xent", "clip_loss"])
+@pytest.mark.parametrize("name", ["adversarial_contrastive", "info_nce", "nt_xent", "clip_loss"])
 def test_contrastive_losses_follow_a_permutation_and_ignore_row_lengths(name):
     loss = jax.jit(CONTRASTIVE[name][0])
     order = np.random.default_rng(5).permutation(BATCH)
@@ -332,6 +345,22 @@ def test_an_anchor_without_positives_costs_nothing():
     assert values[2] == 0
     assert (values[:2] > 0).all()
     np.testing.assert_array_equal(loss(Z1[:1], np.array([4])), [0])
+
+
+def test_what_raises_the_reported_loss_of_an_example_does_not_depend_on_the_batch():
+    """Its gradient by the attacked code is that of -cosine / t, whoever else is there."""
+    gradient = jax.jit(jax.grad(lambda a, z: losses.adversarial_contrastive(a, z).sum()))
+    whole, pair = gradient(Z1, Z2), gradient(Z1[:2], Z2[:2])
+    np.testing.assert_array_equal(whole[:2], pair)
+
+
+def test_the_reported_loss_is_bounded_below_and_may_be_negative():
+    same = np.eye(BATCH, 2 * BATCH, dtype=np.float32)
+    opposite = np.concatenate([same[:1], -same[:1]])
+    np.testing.assert_allclose(losses.adversarial_contrastive(opposite, opposite), -4, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.adversarial_contrastive(same, same), np.log(BATCH - 1) - 2, rtol=1e-5
+    )
 
 
 def test_a_batch_of_one_pair_has_no_negatives():

@@ -41,6 +41,8 @@ BAD_CALLS = {
         losses.supervised_contrastive, (Z1[0], LABELS), {}),
     "labels must have shape \\(8,\\), got \\(3,\\)": (
         losses.supervised_contrastive, (Z1, LABELS[:3]), {}),
+    "embeddings must be of at least two examples, got one without negatives": (
+        losses.adversarial_contrastive, (Z1[:1], Z2[:1]), {}),
     "reconstruction and target must have the same shape": (losses.squared_error, (ONE, THREE), {}),
 }  # fmt: skip
 

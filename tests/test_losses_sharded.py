@@ -20,6 +20,9 @@ def gathered_losses(labels, axis_name):
     """Every contrastive loss as a function of two embeddings, gathered over the axis."""
     contrast = functools.partial(losses.supervised_contrastive, axis_name=axis_name)
     return {
+        "adversarial_contrastive": functools.partial(
+            losses.adversarial_contrastive, axis_name=axis_name
+        ),
         "info_nce": functools.partial(losses.info_nce, axis_name=axis_name),
         "nt_xent": functools.partial(losses.nt_xent, axis_name=axis_name),
         "clip_loss": functools.partial(losses.clip_loss, axis_name=axis_name),

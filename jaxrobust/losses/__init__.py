@@ -19,16 +19,19 @@ from jaxrobust.losses.classification import (
     trades_kl,
 )
 from jaxrobust.losses.contrastive import (
+    adversarial_contrastive,
     clip_loss,
     info_nce,
     nt_xent,
     supervised_contrastive,
+    uniformity,
     unit_rows,
 )
 from jaxrobust.losses.reconstruction import absolute_error, squared_error
 
 __all__ = [
     "absolute_error",
+    "adversarial_contrastive",
     "clip_loss",
     "cross_entropy",
     "dlr",
@@ -41,5 +44,6 @@ __all__ = [
     "supervised_contrastive",
     "targeted_dlr",
     "trades_kl",
+    "uniformity",
     "unit_rows",
 ]

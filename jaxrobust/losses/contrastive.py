@@ -80,6 +80,71 @@ def info_nce(
     return negative_log_likelihood(similarity / temperature, own)
 
 
+def adversarial_contrastive(
+    adversarial: Float[Array, "b d"],
+    clean: Float[Array, "b d"],
+    *,
+    temperature: Real[Number, ""] = 0.5,
+    axis_name: AxisName = None,
+) -> Float[Array, "b"]:
+    """CRoPD's loss as reported: a code must stay where it was, and clean codes apart.
+
+    loss_i = -cos(a_i, z_i) / t + log sum_{j != i} exp(cos(z_i, z_j) / t)
+
+    The second term compares clean codes alone: what raises the loss of an example does not depend
+    on the rest of the batch, unlike InfoNCE, whose sum has a_i in it.
+
+    Args:
+        adversarial: [b, d] codes a of the attacked images; any scale, normalised here.
+        clean: [b, d] codes z of the same images as they are.
+        temperature: t > 0, no unit.
+        axis_name: mesh axis over which the clean codes are gathered.
+
+    Returns:
+        [b] losses in nats, at least log(n - 1) - 2 / t for n examples, so they may be negative;
+        not reduced.
+
+    Raises:
+        ValueError: the two have different shapes, temperature <= 0, or there is one example in all,
+            which has no negatives.
+
+    Source: CRoPD (arXiv:2504.10850), as its reviews give it.
+    """
+    check_embeddings(adversarial, clean, ("adversarial", "clean"))
+    check_positive(temperature, "temperature")
+    adversarial, clean = unit_rows(adversarial), unit_rows(clean)
+    closeness = jnp.sum(adversarial * clean, axis=1)
+    return uniformity(clean, temperature=temperature, axis_name=axis_name) - closeness / temperature
+
+
+def uniformity(
+    embeddings: Float[Array, "b d"],
+    *,
+    temperature: Real[Number, ""] = 0.5,
+    axis_name: AxisName = None,
+) -> Float[Array, "b"]:
+    """How crowded it is around each embedding: log sum_{j != i} exp(cos(z_i, z_j) / t).
+
+    Args:
+        embeddings: [b, d]; any scale, normalised here.
+        temperature: t > 0, no unit.
+        axis_name: mesh axis over which the embeddings are gathered.
+
+    Returns:
+        [b] numbers in [log(n - 1) - 1 / t, log(n - 1) + 1 / t] for n examples.
+
+    Raises:
+        ValueError: temperature <= 0, or there is one example in all.
+    """
+    check_positive(temperature, "temperature")
+    unit = unit_rows(embeddings)
+    every = _gather(unit, axis_name)
+    if every.shape[0] < 2:
+        raise ValueError("embeddings must be of at least two examples, got one without negatives")
+    own = _global_index(unit.shape[0], axis_name)
+    return jax.nn.logsumexp(_without_self(_similarity(unit, every) / temperature, own), axis=1)
+
+
 def nt_xent(
     z1: Float[Array, "b d"],
     z2: Float[Array, "b d"],

@@ -4,6 +4,7 @@ from jaxrobust.models import convert
 from jaxrobust.models.autoencoder import AutoEncoder, autoencoder
 from jaxrobust.models.cnn import small_cnn
 from jaxrobust.models.convolution import conv2d
+from jaxrobust.models.defended import defend, join, part
 from jaxrobust.models.efficientnet import (
     efficientnet_lite,
     efficientnet_lite0,
@@ -23,11 +24,14 @@ __all__ = [
     "build",
     "conv2d",
     "convert",
+    "defend",
     "efficientnet_lite",
     "efficientnet_lite0",
     "from_linen",
+    "join",
     "load_efficientnet_lite0",
     "normalise",
+    "part",
     "preact_resnet",
     "preact_resnet18",
     "small_cnn",

@@ -5,14 +5,23 @@ from typing import Any
 
 from jaxrobust.models.autoencoder import AutoEncoder, autoencoder
 from jaxrobust.models.cnn import small_cnn
+from jaxrobust.models.defended import defend
 from jaxrobust.models.efficientnet import efficientnet_lite, efficientnet_lite0
 from jaxrobust.models.layers import check_choice
 from jaxrobust.models.model import Model
 from jaxrobust.models.resnet import preact_resnet, preact_resnet18, wide_resnet
 from jaxrobust.models.vit import vit, vit_preset
 
+
+def _defended(preprocessor: Mapping | None, foundation: Mapping, **options: Any) -> Model:
+    """A defended model from the configurations of its parts."""
+    built = None if preprocessor is None else build(**preprocessor)
+    return defend(built, foundation=build(**foundation), **options)
+
+
 FACTORIES: Mapping[str, Callable[..., Model | AutoEncoder]] = {
     "autoencoder": autoencoder,
+    "defended": _defended,
     "efficientnet_lite": efficientnet_lite,
     "efficientnet_lite0": efficientnet_lite0,
     "preact_resnet": preact_resnet,

@@ -108,7 +108,7 @@ def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = No
     check_number("beta", beta, low=0)
 
     def perturb(context, images, labels):
-        scaled = _scaled(attack, eps_schedule, context.step)
+        scaled = scaled_attack(attack, eps_schedule, context.step)
         clean = context.apply(images)
         loss_fn = lambda x, clean: losses.trades_kl(clean, context.apply(x))  # noqa: E731
         x_adv = scaled(loss_fn, images, context.keys, mask=context.mask, args=(clean,))
@@ -118,7 +118,7 @@ def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = No
         clean, adversarial, stats = _forward_both(forward, images, x_adv)
         penalty = losses.trades_kl(clean, adversarial)
         total = losses.cross_entropy(clean, labels) + beta * penalty
-        return total, _accuracy(adversarial, labels), stats
+        return total, accuracy_of(adversarial, labels), stats
 
     return Objective(perturb, loss)
 
@@ -143,7 +143,7 @@ def mart(attack: Any, beta: float = 5.0, *, eps_schedule: Schedule | None = None
         clean, adversarial, stats = _forward_both(forward, images, x_adv)
         penalty = losses.mart_kl(clean, adversarial, labels)
         total = losses.mart_bce(adversarial, labels) + beta * penalty
-        return total, _accuracy(adversarial, labels), stats
+        return total, accuracy_of(adversarial, labels), stats
 
     return Objective(perturb, loss)
 
@@ -239,7 +239,7 @@ def with_awp(objective: Objective, gamma: float = 0.005, *, warmup_steps: int = 
 def _attacked(attack, eps_schedule, context, images, labels):
     """The batch after an attack that raises the cross entropy."""
     loss_fn = lambda x, labels: losses.cross_entropy(context.apply(x), labels)  # noqa: E731
-    scaled = _scaled(attack, eps_schedule, context.step)
+    scaled = scaled_attack(attack, eps_schedule, context.step)
     return scaled(loss_fn, images, context.keys, mask=context.mask, args=(labels,))
 
 
@@ -247,12 +247,13 @@ def _cross_entropy_at_x_adv(label_smoothing):
     def loss(context, forward, images, x_adv, labels):
         logits, stats = forward(x_adv)
         smooth = losses.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        return smooth, _accuracy(logits, labels), stats
+        return smooth, accuracy_of(logits, labels), stats
 
     return loss
 
 
-def _accuracy(logits, labels):
+def accuracy_of(logits: Array, labels: Array) -> dict[str, Array]:
+    """{"accuracy": share of this device's examples that are classified rightly}."""
     return {"accuracy": (logits.argmax(1) == labels).mean(dtype=jnp.float32)}
 
 
@@ -262,7 +263,8 @@ def _forward_both(forward, images, x_adv):
     return clean, adversarial, stats
 
 
-def _scaled(attack, eps_schedule, step):
+def scaled_attack(attack: Any, eps_schedule: Schedule | None, step: Array) -> Any:
+    """The attack with `eps` (and `step_size`, where one is set) times eps_schedule(step)."""
     if eps_schedule is None:
         return attack
     factor = eps_schedule(step)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxrobust import losses, smoothing
 from jaxrobust.attacks.inputs import check_number, fold
 from jaxrobust.smoothing.sampling import check_count
-from jaxrobust.training.objectives import Objective, Schedule, _accuracy, _scaled
+from jaxrobust.training.objectives import Objective, Schedule, accuracy_of, scaled_attack
 
 # The two uses of an example's key.
 _NOISE, _ATTACK = 0, 1
@@ -39,7 +39,7 @@ def gaussian(sigma: float, *, samples: int = 1, label_smoothing: float = 0.0) ->
     def loss(context, forward, images, x_adv, labels):
         logits, stats = _forward_copies(forward, x_adv)
         each = _each_copy(logits, labels, label_smoothing)
-        return each.mean(1), _accuracy(_votes(logits), labels), stats
+        return each.mean(1), accuracy_of(_votes(logits), labels), stats
 
     return Objective(perturb, loss)
 
@@ -78,7 +78,7 @@ def consistency(
         apart = -(q * log_p.mean(1)).sum(1) - disorder
         fit = _each_copy(logits, labels, 0.0).mean(1)
         total = fit + weight * apart + entropy * disorder
-        return total, _accuracy(log_q, labels), stats
+        return total, accuracy_of(log_q, labels), stats
 
     return Objective(perturb, loss)
 
@@ -110,14 +110,14 @@ def smooth_adv(
             logits = smoothing.smoothed_logits(context.apply, x, drawn)
             return losses.cross_entropy(logits, labels)
 
-        x_adv = _scaled(attack, eps_schedule, context.step)(
+        x_adv = scaled_attack(attack, eps_schedule, context.step)(
             loss_fn, images, fold(context.keys, _ATTACK), mask=context.mask, args=(drawn, labels)
         )
         return x_adv[:, None] + drawn, context.extra, {}
 
     def loss(context, forward, images, x_adv, labels):
         logits, stats = _forward_copies(forward, x_adv)
-        return _each_copy(logits, labels, 0.0).mean(1), _accuracy(_votes(logits), labels), stats
+        return _each_copy(logits, labels, 0.0).mean(1), accuracy_of(_votes(logits), labels), stats
 
     return Objective(perturb, loss)
 
@@ -161,7 +161,7 @@ def denoising(
         if stability:
             own = jax.lax.stop_gradient(classify(images).argmax(1))
             total += stability * losses.cross_entropy(logits, own)
-        return total, _accuracy(logits, labels), stats
+        return total, accuracy_of(logits, labels), stats
 
     return Objective(perturb, loss)
 

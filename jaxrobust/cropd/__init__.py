@@ -1,0 +1,28 @@
+"""CRoPD: a robust auto-encoder in front of a frozen foundation model that training never sees.
+
+    objective = cropd.robust_autoencoder(linf_pgd(8 / 255, steps=10))
+    step = training.train_step(autoencoder, optimizer, objective)
+    ...
+    defended = models.defend(autoencoder, (96, 96), foundation, head=classes)
+    variables = models.join(preprocessor=ours, foundation=published)
+    head = cropd.fit_head(cropd.features(defended, variables, images), labels, classes)
+
+Source: CRoPD (arXiv:2504.10850).
+"""
+
+from jaxrobust.cropd.bound import BoundReport, bound_report
+from jaxrobust.cropd.filters import jpeg, total_variation
+from jaxrobust.cropd.heads import features, fit_head
+from jaxrobust.cropd.objective import FORMS, Weights, robust_autoencoder
+
+__all__ = [
+    "FORMS",
+    "BoundReport",
+    "Weights",
+    "bound_report",
+    "features",
+    "fit_head",
+    "jpeg",
+    "robust_autoencoder",
+    "total_variation",
+]

@@ -1,0 +1,195 @@
+"""The training objective of CRoPD: rebuild images, and keep attacked ones where clean ones are."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrobust import losses
+from jaxrobust.attacks.inputs import check_number
+from jaxrobust.losses.contrastive import unit_rows
+from jaxrobust.training import Context, Objective
+from jaxrobust.training.objectives import Schedule, scaled_attack
+
+FORMS = ("reported", "info_nce", "alignment")
+ANCHOR_GRADIENTS = ("both", "adversarial")
+
+
+class Weights(NamedTuple):
+    """What the loss is made of.
+
+    Attributes:
+        clean: of the squared error of rebuilding the image from its own code.
+        contrast: lambda, of the contrastive term.
+        denoising: of the squared error of rebuilding the image from the attacked code.
+        displacement: beta, of the squared distance between the two codes, divided by their size d.
+    """
+
+    clean: float = 1.0
+    contrast: float = 10.0
+    denoising: float = 0.0
+    displacement: float = 0.0
+
+
+def robust_autoencoder(
+    attack: Any,
+    *,
+    weights: Weights | None = None,
+    form: str = "reported",
+    temperature: float = 0.5,
+    anchor_gradient: str = "both",
+    eps_schedule: Schedule | None = None,
+) -> Objective:
+    """An auto-encoder g = D(E(x)) whose code does not follow an attack; labels are not looked at.
+
+    loss_i = clean |g(x) - x|^2 + contrast L(E(x'), E(x)) + denoising |g(x') - x|^2
+             + displacement |E(x') - E(x)|^2 / d,      |.|^2 summed over an image
+    L = -cos(E(x'), E(x)) / t + log sum_{j != i} exp(cos(E(x_i), E(x_j)) / t)      "reported"
+    L = -log( exp(cos(E(x'_i), E(x_i)) / t) / sum_j exp(cos(E(x'_i), E(x_j)) / t) )  "info_nce"
+    L = (1 - cos(E(x'), E(x))) / t                                                  "alignment"
+
+    The attack raises the terms with x' in them, together and per example. In the reported form and
+    in alignment that is the distance to the clean code alone, whatever else is in the batch.
+
+    Args:
+        attack: any gradient attack that starts at random, such as `linf_pgd(8 / 255, steps=10)`:
+            at x itself the distance to x's code has no gradient.
+        weights: of the terms; `Weights()` is the published loss. With nothing but `clean` no attack
+            is made: a plain auto-encoder.
+        form: "reported", "info_nce" or "alignment".
+        temperature: t > 0. Small ones push clean codes apart so hard that robustness is lost.
+        anchor_gradient: "both", or "adversarial" to hold the clean code still in the contrastive
+            term, as RoCL's code does.
+        eps_schedule: step -> factor on the attack's `eps`, as for `training.adversarial`.
+
+    Returns:
+        An objective for `training.train_step(autoencoder, ...)`; metrics: "squared_error" of
+        rebuilding clean images, and unless plain "cosine" and "displacement" under attack, and
+        "uniformity" of the clean codes (not in alignment). Nothing in it knows a foundation model.
+
+    Raises:
+        ValueError: an unknown name, a weight < 0 or none > 0, temperature <= 0, or an attack that
+            starts at x.
+
+    Source: CRoPD (arXiv:2504.10850), as its reviews give it.
+    """
+    weights = Weights() if weights is None else weights
+    _check(attack, weights, form, temperature, anchor_gradient)
+    terms = _Terms(weights, form, temperature, anchor_gradient)
+    if not any(weights[1:]):
+        return Objective(lambda context, images, labels: (images, context.extra, {}), terms.plain)
+
+    def perturb(context: Context, images, labels):
+        code = _flat(context.apply(images, taps=("latent",))[1]["latent"])
+
+        def loss_fn(x, images, code):
+            image, taps = context.apply(x, taps=("latent",))
+            return terms.attacked(image, _flat(taps["latent"]), images, code, context.axis_name)
+
+        attacked = scaled_attack(attack, eps_schedule, context.step)(
+            loss_fn, images, context.keys, mask=context.mask, args=(images, code)
+        )
+        return attacked, context.extra, {}
+
+    return Objective(perturb, terms.both)
+
+
+class _Terms(NamedTuple):
+    """The loss, in the three places where it is needed."""
+
+    weights: Weights
+    form: str
+    temperature: float
+    anchor_gradient: str
+
+    def plain(self, context, forward, images, x_adv, labels):
+        rebuilt, stats = forward(images)
+        error = _squared_error(rebuilt, images)
+        return self.weights.clean * error, {"squared_error": error.mean()}, stats
+
+    def both(self, context, forward, images, x_adv, labels):
+        halves = jnp.concatenate([images, x_adv])
+        rebuilt, stats, taps = forward(halves, taps=("latent",))
+        clean, adversarial = jnp.split(_flat(taps["latent"]), 2)
+        clean_image, adversarial_image = jnp.split(rebuilt, 2)
+        error = _squared_error(clean_image, images)
+        anchor = clean if self.anchor_gradient == "both" else jax.lax.stop_gradient(clean)
+        total = self.weights.clean * error
+        total += self.attacked(
+            adversarial_image, adversarial, images, anchor, context.axis_name, moved=clean
+        )
+        metrics = {
+            "squared_error": error.mean(),
+            "cosine": (unit_rows(adversarial) * unit_rows(clean)).sum(1).mean(),
+            "displacement": _distance(adversarial, clean).mean(),
+        }
+        if self.form != "alignment" and self.weights.contrast:
+            crowd = self._uniformity(clean, context.axis_name)
+            metrics["uniformity"] = crowd.mean()
+            if self.form == "reported":
+                total += self.weights.contrast * crowd
+        return total, metrics, stats
+
+    def attacked(self, image, code, images, anchor, axis_name, moved=None):
+        """What an attack raises: all terms with x' in them.
+
+        Args:
+            image: [b, h, w, c] rebuilt from the attacked code.
+            code: [b, d] of x'.
+            images: x.
+            anchor: [b, d] codes of x, for the contrastive term.
+            axis_name: where InfoNCE's candidates are gathered.
+            moved: [b, d] codes of x for the displacement; the anchors by default.
+        """
+        weights = self.weights
+        total = jnp.zeros(len(code), code.dtype)
+        if weights.contrast and self.form == "info_nce":
+            total += weights.contrast * losses.info_nce(
+                code, anchor, temperature=self.temperature, axis_name=axis_name
+            )
+        elif weights.contrast:
+            away = 1 - (unit_rows(code) * unit_rows(anchor)).sum(1)
+            # The reported form has no 1: a constant, left out where values are compared.
+            away = away - 1 if self.form == "reported" else away
+            total += weights.contrast * away / self.temperature
+        if weights.denoising:
+            total += weights.denoising * _squared_error(image, images)
+        if weights.displacement:
+            total += weights.displacement * _distance(code, anchor if moved is None else moved)
+        return total
+
+    def _uniformity(self, clean, axis_name):
+        return losses.uniformity(clean, temperature=self.temperature, axis_name=axis_name)
+
+
+def _flat(code: Float[Array, "b ..."]) -> Float[Array, "b d"]:
+    return code.reshape(code.shape[0], -1)
+
+
+def _squared_error(image: Float[Array, "b ..."], target: Float[Array, "b ..."]):
+    """[b] squared errors summed over an image."""
+    return losses.squared_error(image, target) * target[0].size
+
+
+def _distance(code: Float[Array, "b d"], other: Float[Array, "b d"]) -> Float[Array, " b"]:
+    return losses.squared_error(code, other)
+
+
+def _check(attack, weights, form, temperature, anchor_gradient):
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    if anchor_gradient not in ANCHOR_GRADIENTS:
+        raise ValueError(
+            f"anchor_gradient must be one of {ANCHOR_GRADIENTS}, got {anchor_gradient!r}"
+        )
+    check_number("temperature", temperature, low=0, strict=True)
+    for name, value in weights._asdict().items():
+        check_number(f"weights.{name}", value, low=0)
+    if not any(weights):
+        raise ValueError(f"weights must not all be 0, got {weights}")
+    if any(weights[1:]) and getattr(attack, "start", None) == "none":
+        raise ValueError(
+            "attack must start at random: at x the distance to x's code has no gradient, "
+            "got start='none'"
+        )

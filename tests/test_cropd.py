@@ -1,0 +1,182 @@
+"""CRoPD's objective: its terms, its attack, and what it may not depend on."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrobust import attacks, cropd, losses, models, parallel, training
+from jaxrobust.cropd import Weights
+
+SHAPE, BATCH = (8, 8, 1), 8
+RANDOM = np.random.default_rng(0)
+IMAGES = RANDOM.random((BATCH, *SHAPE), dtype=np.float32)
+LABELS = np.zeros(BATCH, np.int32)
+BATCH_OF_8 = {"image": IMAGES, "label": LABELS, "index": np.arange(BATCH, dtype=np.int32)}
+MODEL = models.autoencoder(SHAPE, widths=(8, 8), latent_channels=4, latent_norm=True)
+VARIABLES = MODEL.init(jax.random.key(0))
+ATTACK = attacks.linf_pgd(0.1, steps=3)
+KEYS = jax.random.split(jax.random.key(5), BATCH)
+ALL = Weights(clean=0.5, contrast=2.0, denoising=3.0, displacement=0.7)
+
+
+def context(axis_name=None, keys=KEYS):
+    def apply(x, **options):
+        return MODEL.apply(VARIABLES, x, **options)
+
+    return training.Context(apply, keys, jnp.int32(0), {}, axis_name)
+
+
+def forward(x, **options):
+    out, *rest = MODEL.train(VARIABLES, x, **options)
+    return (out, *rest)
+
+
+def code_of(x):
+    return np.asarray(MODEL.encode(VARIABLES, x), np.float64)
+
+
+def cosines(a, b):
+    length = lambda v: np.linalg.norm(v, axis=1)  # noqa: E731
+    return (a @ b.T) / np.outer(length(a), length(b))
+
+
+def slow_loss(x, x_adv, form, weights, t):
+    clean, adversarial = code_of(x), code_of(x_adv)
+    image = lambda z: np.asarray(MODEL.apply(VARIABLES, z), np.float64)  # noqa: E731
+    error = lambda z: ((image(z) - x) ** 2).sum((1, 2, 3))  # noqa: E731
+    own = np.diag(cosines(adversarial, clean))
+    crowd = np.exp(cosines(clean, clean) / t)
+    contrast = {
+        "reported": -own / t + np.log(crowd.sum(1) - np.diag(crowd)),
+        "info_nce": -own / t + np.log(np.exp(cosines(adversarial, clean) / t).sum(1)),
+        "alignment": (1 - own) / t,
+    }[form]
+    moved = ((adversarial - clean) ** 2).mean(1)
+    return (
+        weights.clean * error(x) + weights.contrast * contrast + weights.denoising * error(x_adv)
+        + weights.displacement * moved
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", cropd.FORMS)
+def test_the_loss_equals_a_slow_reference(form):
+    objective = cropd.robust_autoencoder(ATTACK, weights=ALL, form=form, temperature=0.3)
+    x_adv = np.clip(IMAGES + RANDOM.uniform(-0.1, 0.1, IMAGES.shape), 0, 1).astype(np.float32)
+    got, metrics, _ = jax.jit(
+        lambda x, x_adv: objective.loss(context(), forward, x, x_adv, LABELS)
+    )(IMAGES, x_adv)
+    np.testing.assert_allclose(got, slow_loss(IMAGES, x_adv, form, ALL, 0.3), rtol=1e-4)
+    own = np.diag(cosines(code_of(x_adv), code_of(IMAGES)))
+    np.testing.assert_allclose(metrics["cosine"], own.mean(), rtol=1e-5)
+
+
+def perturbed(objective, rows=slice(None), axis_name=None):
+    return objective.perturb(context(axis_name, KEYS[rows]), jnp.asarray(IMAGES[rows]), None)[0]
+
+
+@pytest.mark.parametrize("form", ["reported", "alignment"])
+def test_the_attack_does_not_depend_on_the_batch(form):
+    objective = cropd.robust_autoencoder(ATTACK, form=form)
+    whole = perturbed(objective)
+    for rows in ([0, 1, 2], [5], [7, 3, 1, 0]):
+        np.testing.assert_array_equal(perturbed(objective, np.array(rows)), whole[np.array(rows)])
+
+
+@pytest.mark.parametrize("form", cropd.FORMS)
+def test_the_attack_and_the_training_do_not_depend_on_the_number_of_devices(form):
+    objective = cropd.robust_autoencoder(ATTACK, form=form, weights=ALL)
+    optimizer = training.sgd(1e-3, momentum=0.0)
+    step = training.train_step(MODEL, optimizer, objective)
+    found = {}
+    for devices in (1, 4):
+        mesh = parallel.data_mesh(devices)
+        state = parallel.create(
+            lambda: training.create_state(MODEL, optimizer, jax.random.key(1), SHAPE), mesh
+        )
+        run = parallel.data_parallel(step, mesh)
+        state, metrics = run(state, parallel.shard_batch(BATCH_OF_8, mesh))
+        found[devices] = jax.tree.map(np.asarray, (state.params, metrics))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)  # noqa: E731
+    jax.tree.map(close, *found.values())
+
+
+def test_the_attack_climbs_away_from_the_clean_code():
+    clean = code_of(IMAGES)
+    noise = RANDOM.choice([-0.1, 0.1], IMAGES.shape)
+    by_chance = np.clip(IMAGES + noise, 0, 1).astype(np.float32)
+    found = perturbed(cropd.robust_autoencoder(attacks.linf_pgd(0.1, steps=10)))
+    assert np.abs(found - IMAGES).max() <= 0.1 + 1e-6
+    closeness = lambda x: np.diag(cosines(code_of(x), clean)).mean()  # noqa: E731
+    assert closeness(found) < closeness(by_chance) - 0.01
+
+
+def params_after(objective, batch=None, count=2):
+    optimizer = training.sgd(1e-3, momentum=0.0)
+    state = training.create_state(MODEL, optimizer, jax.random.key(1), SHAPE)
+    step = jax.jit(training.train_step(MODEL, optimizer, objective))
+    for _ in range(count):
+        state, _ = step(state, BATCH_OF_8 if batch is None else batch)
+    return state.params
+
+
+def plain_autoencoder():
+    def loss(context, forward, images, x_adv, labels):
+        rebuilt, stats = forward(images)
+        return losses.squared_error(rebuilt, images) * images[0].size, {}, stats
+
+    return training.Objective(lambda context, images, labels: (images, {}, {}), loss)
+
+
+def same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def test_with_lambda_zero_it_is_a_plain_autoencoder_bit_for_bit():
+    objective = cropd.robust_autoencoder(ATTACK, weights=Weights(contrast=0.0))
+    same(params_after(objective), params_after(plain_autoencoder()))
+
+
+def test_labels_are_not_looked_at_and_there_is_no_place_for_a_foundation_model():
+    objective = cropd.robust_autoencoder(ATTACK, weights=ALL)
+    others = {**BATCH_OF_8, "label": np.arange(BATCH, dtype=np.int32)}
+    same(params_after(objective), params_after(objective, others))
+    names = set(inspect.signature(cropd.robust_autoencoder).parameters)
+    names |= set(inspect.signature(training.train_step).parameters)
+    assert not any(word in name for name in names for word in ("foundation", "classif", "head"))
+
+
+def test_held_anchors_get_no_gradient_from_the_contrastive_term():
+    x_adv = jnp.clip(IMAGES + 0.1, 0, 1)
+    only = Weights(clean=0.0, contrast=1.0)
+
+    def gradient(anchor_gradient):
+        objective = cropd.robust_autoencoder(
+            ATTACK, weights=only, form="alignment", anchor_gradient=anchor_gradient
+        )
+
+        def loss(images):
+            return objective.loss(context(), forward, images, x_adv, LABELS)[0].sum()
+
+        return jax.jit(jax.grad(loss))(jnp.asarray(IMAGES))
+
+    assert np.abs(gradient("both")).max() > 1e-6
+    np.testing.assert_array_equal(gradient("adversarial"), 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("form must be one of", {"form": "triplet"}),
+        ("anchor_gradient must be one of", {"anchor_gradient": "none"}),
+        ("temperature must be", {"temperature": 0.0}),
+        ("weights.denoising must be", {"weights": Weights(denoising=-1.0)}),
+        ("weights must not all be 0", {"weights": Weights(0.0, 0.0)}),
+        ("attack must start at random", {"attack": attacks.linf_pgd(0.1, start="none")}),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(message, options):
+    with pytest.raises(ValueError, match=message):
+        cropd.robust_autoencoder(**{"attack": ATTACK, **options})

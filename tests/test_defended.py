@@ -1,0 +1,238 @@
+"""A defended model is its parts in a row; its head is an optimum; its bound holds."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from jaxrobust import attacks, cropd, losses, models, training
+
+SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 6
+RANDOM = np.random.default_rng(0)
+IMAGES = RANDOM.random((BATCH, *SHAPE), dtype=np.float32)
+LABELS = np.array([0, 1, 2, 0, 1, 2], np.int32)
+PREPROCESSOR = models.autoencoder(SHAPE, widths=(8,), latent_channels=2, latent_norm=True)
+FOUNDATION = models.preact_resnet(stages=(1,), widths=(8,), classes=5, norm="batch")
+SIZE = (12, 10, 3)
+DEFENDED = models.defend(PREPROCESSOR, SIZE, FOUNDATION, CLASSES)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    made = DEFENDED.init(jax.random.key(0), SHAPE)
+    kernel = RANDOM.normal(size=made["params"]["head"]["kernel"].shape).astype(np.float32)
+    made["params"]["head"]["kernel"] = jnp.asarray(kernel)
+    return made
+
+
+def by_hand(variables, x):
+    x = PREPROCESSOR.apply(models.part(variables, "preprocessor"), x)
+    x = jax.image.resize(x, (len(x), *SIZE[:2], 1), "bilinear")
+    x = jnp.concatenate([x] * 3, 3)
+    theirs = models.part(variables, "foundation")
+    answer, taps = FOUNDATION.apply(theirs, x, taps=("features",))
+    head = variables["params"]["head"]
+    return x, taps["features"], taps["features"] @ head["kernel"] + head["bias"], answer
+
+
+def test_the_composition_is_its_parts_in_a_row(variables):
+    taps = ("resized", "foundation.features", "preprocessor.latent")
+    logits, found = DEFENDED.apply(variables, IMAGES, taps=taps)
+    resized, features, expected, _ = by_hand(variables, IMAGES)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["resized"], resized, atol=1e-6)
+    np.testing.assert_allclose(found["foundation.features"], features, rtol=1e-4, atol=1e-6)
+    code = PREPROCESSOR.encode(models.part(variables, "preprocessor"), IMAGES)
+    np.testing.assert_allclose(found["preprocessor.latent"], code, rtol=1e-5, atol=1e-6)
+
+
+def test_swapped_in_the_foundation_keeps_its_own_answer(variables):
+    swapped = models.defend(PREPROCESSOR, SIZE, FOUNDATION)
+    parts = {name: models.part(variables, name) for name in ("preprocessor", "foundation")}
+    logits = swapped.apply(models.join(**parts), IMAGES)
+    np.testing.assert_allclose(logits, by_hand(variables, IMAGES)[3], rtol=1e-4, atol=1e-5)
+    alone = models.defend(None, (*SIZE[:2], 3), FOUNDATION)
+    found = alone.apply(models.join(foundation=parts["foundation"]), IMAGES)
+    assert found.shape == (BATCH, 5)
+
+
+def test_a_latent_of_the_preprocessor_can_be_nudged(variables):
+    shape = (BATCH, 4 * 4 * 2)
+    nudge = lambda d: DEFENDED.apply(  # noqa: E731
+        variables, IMAGES, perturbations={"preprocessor.latent": d}
+    )
+    np.testing.assert_array_equal(nudge(jnp.zeros(shape)), DEFENDED.apply(variables, IMAGES))
+    assert (np.asarray(jax.grad(lambda d: nudge(d)[:, 0].sum())(jnp.zeros(shape))) != 0).any()
+
+
+def test_frozen_parts_stand_still_and_the_others_learn(variables):
+    batch = {"image": IMAGES, "label": LABELS, "index": np.arange(BATCH, dtype=np.int32)}
+
+    def moved(frozen):
+        model = models.defend(PREPROCESSOR, SIZE, FOUNDATION, CLASSES, frozen=frozen)
+        optimizer = optax.adam(1e-2)
+        state = training.create_state(model, optimizer, jax.random.key(0), SHAPE)
+        state = state._replace(
+            params=variables["params"], batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(variables["params"]),
+        )  # fmt: skip
+        step = jax.jit(training.train_step(model, optimizer, training.standard()))
+        after, _ = step(state, batch)
+        after = after.variables()
+        changed = lambda kind, name: any(  # noqa: E731
+            (np.asarray(a) != np.asarray(b)).any()
+            for a, b in zip(
+                jax.tree.leaves(after[kind].get(name)),
+                jax.tree.leaves(variables[kind].get(name)),
+                strict=True,
+            )
+        )
+        names = ("preprocessor", "foundation", "head")
+        return [changed("params", name) for name in names], changed("batch_stats", "foundation")
+
+    assert moved(("preprocessor", "foundation")) == ([False, False, True], False)
+    assert moved(("preprocessor",)) == ([False, True, True], True)
+    assert moved(()) == ([True, True, True], True)
+
+
+def test_a_saved_configuration_makes_the_same_model_again(variables):
+    again = models.build(**json.loads(json.dumps(DEFENDED.config)))
+    same = again.apply(variables, IMAGES)
+    np.testing.assert_array_equal(same, DEFENDED.apply(variables, IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("resize must be", lambda v: models.defend(None, (3,), FOUNDATION)),
+        ("head must be an integer", lambda v: models.defend(None, None, FOUNDATION, 0)),
+        ("frozen must be one of", lambda v: models.defend(None, None, FOUNDATION, frozen=("F",))),
+        ("parts must be one of", lambda v: models.join(backbone={})),
+        ("name must be one of", lambda v: models.part(models.join(head={"params": {}}), "F")),
+        ("taps must be among", lambda v: DEFENDED.apply(v, IMAGES, taps=("foundation.nothing",))),
+        ("taps must be one of", lambda v: DEFENDED.apply(v, IMAGES, taps=("nothing",))),
+        ("taps must be a tuple", lambda v: DEFENDED.apply(v, IMAGES, taps="resized")),
+        (
+            "perturbations' parts must be",
+            lambda v: DEFENDED.apply(v, IMAGES, perturbations={"latent": 0.0}),
+        ),
+        ("x must be float", lambda v: DEFENDED.apply(v, np.zeros((1, 8, 8, 1), np.uint8))),
+        ("x must be \\[b, 8, 8, 1\\]", lambda v: DEFENDED.apply(v, np.zeros((1, 9, 8, 1)))),
+        (
+            "x must have 1 or 3 channels",
+            lambda v: models.defend(None, SIZE, FOUNDATION).apply(v, np.zeros((1, 8, 8, 2))),
+        ),
+        ("a head of its own", lambda v: cropd.features(FOUNDATION, v, IMAGES)),
+    ],
+)
+def test_bad_arguments_are_refused(message, call, variables):
+    with pytest.raises(ValueError, match=message):
+        call(variables)
+
+
+# ---- heads --------------------------------------------------------------------------------------
+
+
+def test_features_are_what_the_head_sees_in_batches_of_any_size(variables):
+    features = by_hand(variables, IMAGES)[1]
+    for size in (2, 4, 100):
+        found = cropd.features(DEFENDED, variables, IMAGES, batch_size=size)
+        np.testing.assert_allclose(found, features, rtol=1e-4, atol=1e-6)
+
+
+def test_the_fitted_head_is_the_optimum_that_scikit_learn_finds():
+    features = RANDOM.normal(size=(90, 5)) * [1, 10, 0.1, 1, 0] + 3
+    labels = (features[:, :3] / [1, 10, 0.1] + RANDOM.normal(size=(90, 3))).argmax(1)
+    decay = 1e-2
+    head = cropd.fit_head(features, labels, 3, decay=decay)["params"]
+    spread = np.where(features.std(0) > 0, features.std(0), 1)
+    standard = (features - features.mean(0)) / spread
+    theirs = LogisticRegression(C=1 / (len(labels) * decay), tol=1e-8, max_iter=5000)
+    theirs.fit(standard, labels)
+    p = jax.nn.softmax(np.float32(features) @ head["kernel"] + head["bias"])
+    np.testing.assert_allclose(p, theirs.predict_proba(standard), atol=2e-3)
+
+
+def test_a_head_is_refused_what_does_not_fit():
+    good = np.zeros((4, 2)), np.array([0, 1, 0, 1])
+    for message, arguments in (
+        ("features must be", (good[0], good[1][:3], 2)),
+        ("labels must lie in", (*good, 1)),
+        ("decay must be", (*good, 2)),
+    ):
+        decay = {"decay": 0.0} if "decay" in message else {}
+        with pytest.raises(ValueError, match=message):
+            cropd.fit_head(*arguments, **decay)
+
+
+# ---- the bound, on a network whose constants are known ------------------------------------------
+
+
+def linear_world(pixels=6, code=4, width=5, seed=3):
+    """A pre-processor, a foundation model and variables, all linear but for the normalised code."""
+    draw = np.random.default_rng(seed).normal
+    names = {"E": (pixels, code), "D": (code, pixels), "F": (pixels, width)}
+    w = {name: draw(size=shape).astype(np.float32) for name, shape in names.items()}
+
+    def preprocess(variables, x, taps=(), perturbations=None):
+        unit = losses.unit_rows(x.reshape(len(x), -1) @ w["E"])
+        image = (unit @ w["D"]).reshape(x.shape)
+        return (image, {"latent": unit}) if taps else image
+
+    def classify(variables, x, taps=(), perturbations=None):
+        features = x.reshape(len(x), -1) @ w["F"]
+        return (features, {"features": features}) if taps else features
+
+    model = lambda apply: models.Model(  # noqa: E731
+        init=lambda key, shape: {"params": {}}, apply=apply, train=None, config={"name": "linear"}
+    )
+    defended = models.defend(model(preprocess), None, model(classify), CLASSES)
+    head = {"kernel": draw(size=(width, CLASSES)).astype(np.float32), "bias": np.zeros(CLASSES)}
+    variables = models.join(
+        preprocessor={"params": {}}, foundation={"params": {}}, head={"params": head}
+    )
+    return defended, variables, np.linalg.norm(w["D"] @ w["F"], 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bound_holds_with_exact_constants_and_its_terms_are_right(seed):
+    defended, variables, lipschitz = linear_world(seed=seed)
+    x = np.random.default_rng(seed).random((40, 2, 3, 1), dtype=np.float32)
+    labels = np.arange(40) % CLASSES
+    report = cropd.bound_report(
+        defended, variables, x, labels, attack=attacks.linf_pgd(0.3, steps=10),
+        key=jax.random.key(0), lipschitz=lipschitz, batch_size=16,
+    )  # fmt: skip
+    assert (report.adversarial_loss <= report.bound + 1e-5).all()
+    assert (report.adversarial_loss > report.clean_loss).mean() > 0.9
+    np.testing.assert_allclose(report.displacement**2 / 2, 1 - report.cosine, atol=1e-6)
+    logits = np.asarray(defended.apply(variables, x), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(report.clean_loss, -log_p[np.arange(40), labels], atol=1e-4)
+    kernel = variables["params"]["head"]["kernel"]
+    widest = [np.linalg.norm(kernel - kernel[:, [y]], axis=0).max() for y in labels]
+    np.testing.assert_allclose(report.head, widest, rtol=1e-5)
+    assert report.means["holds"] == 1
+
+
+def test_measured_along_the_attack_the_lipschitz_constant_is_below_the_true_one():
+    defended, variables, lipschitz = linear_world()
+    x = np.random.default_rng(1).random((20, 2, 3, 1), dtype=np.float32)
+    report = cropd.bound_report(
+        defended, variables, x, np.zeros(20, np.int32), attack=attacks.linf_pgd(0.2, steps=5),
+        key=jax.random.key(0),
+    )  # fmt: skip
+    assert 0 < report.means["largest_lipschitz"] <= lipschitz * (1 + 1e-3)
+    assert report.means["holds"] == 1
+
+
+def test_a_bound_needs_a_preprocessor_and_a_head():
+    with pytest.raises(ValueError, match="a preprocessor and a head"):
+        cropd.bound_report(
+            models.defend(None, None, FOUNDATION), {}, IMAGES, LABELS,
+            attack=attacks.linf_pgd(0.1), key=jax.random.key(0),
+        )  # fmt: skip
