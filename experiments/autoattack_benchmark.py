@@ -27,7 +27,6 @@ from tqdm import tqdm
 import jaxrobust as jr
 from experiments import adversarial_training as base
 from experiments import common, plots
-from jaxrobust import evaluation
 
 NAME = "autoattack_benchmark"
 PHOTOS = "efficientnet_lite0"
@@ -61,23 +60,6 @@ PRESETS = {
     "quick": Config(training=base.PRESETS["quick"], test_images=500, photos={}),
     "laptop": Config(),
 }  # fmt: skip
-
-
-def suite_of(config: Config, queries: int):
-    """The standard suite with the configuration's lengths."""
-
-    def suite(norm, eps, bounds):
-        chosen = evaluation.suite("standard", norm, eps, bounds)
-        for name in ("apgd-ce", "apgd-t"):
-            inner = dataclasses.replace(chosen[name].attack, steps=config.steps)
-            chosen[name] = dataclasses.replace(chosen[name], attack=inner)
-        fewer = {"targets": config.targets}
-        chosen["apgd-t"] = dataclasses.replace(chosen["apgd-t"], **fewer)
-        chosen["fab-t"] = dataclasses.replace(chosen["fab-t"], steps=config.steps, **fewer)
-        chosen["square"] = dataclasses.replace(chosen["square"], queries=queries)
-        return chosen
-
-    return suite
 
 
 # Built once: equal models of different cells share what is compiled.
@@ -118,7 +100,7 @@ def cell(key: dict, config: Config, sets: dict, options) -> dict[str, Any]:
         images,
         labels,
         threats={key["threat"]: key["eps"]},
-        suite=suite_of(config, key["queries"]),
+        suite=common.suite_of(key["queries"], config.steps, config.targets),
         key=jax.random.key(key["seed"]),
         args=(placed,),
         card_images=config.card_images,

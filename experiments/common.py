@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jaxrobust import parallel
+from jaxrobust import evaluation, parallel
 from jaxrobust.checkpoint import atomic_write
 
 ROOT = Path(__file__).parent
@@ -85,6 +85,22 @@ class LogitsOf:
     def __call__(self, x: jax.Array, variables: Any) -> jax.Array:
         """The logits of x."""
         return self.apply(variables, x)
+
+
+def suite_of(queries: int, steps: int = 100, targets: int = 9) -> Callable[..., dict[str, Any]]:
+    """The standard suite with lengths of one's own, as `jr.evaluate` takes it."""
+
+    def suite(norm, eps, bounds):
+        chosen = evaluation.suite("standard", norm, eps, bounds)
+        for name in ("apgd-ce", "apgd-t"):
+            inner = dataclasses.replace(chosen[name].attack, steps=steps)
+            chosen[name] = dataclasses.replace(chosen[name], attack=inner)
+        chosen["apgd-t"] = dataclasses.replace(chosen["apgd-t"], targets=targets)
+        chosen["fab-t"] = dataclasses.replace(chosen["fab-t"], steps=steps, targets=targets)
+        chosen["square"] = dataclasses.replace(chosen["square"], queries=queries)
+        return chosen
+
+    return suite
 
 
 class Results:

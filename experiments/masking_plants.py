@@ -5,8 +5,8 @@
     python -m experiments.masking_plants --preset smoke    # 1 network, 3 plants
 
 The limits in `jaxrobust/evaluation/checks.py` are set on what this prints. The tests plant others:
-other strengths, other forms, another network. A plant with no flag here is one that does not mask:
-its robust accuracy under white-box attacks is that of the bare network, as its row shows.
+other strengths, other forms, another network. Beside the flags stands what white-box attacks leave:
+a plant without a flag that leaves what they leave of the bare network masks nothing.
 """
 
 import dataclasses

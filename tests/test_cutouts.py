@@ -246,3 +246,26 @@ def test_an_archive_without_its_tables_is_refused(tmp_path):
     write_tar(tmp_path / "a.tgz", {"CUB_200_2011/images.txt": b"1 a.jpg"})
     with pytest.raises(ValueError, match="lacks the tables image_class_labels"):
         birds.read_tables(tmp_path / "a.tgz")
+
+
+def test_emoji_are_every_picture_once_and_families_stay_on_one_side(tmp_path):
+    splits = {
+        name: data.load("emoji", name, data_dir=tmp_path)
+        for name in ("train", "validation", "test")
+    }
+    every = pictures.twemoji_pictures()
+    rows = np.concatenate([split.indices for split in splits.values()])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(len(every)))
+    seen = {name: {every[i].family for i in split.indices} for name, split in splits.items()}
+    for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
+        # A family may have members in two classes, which are split by themselves.
+        shared = seen[one] & seen[other]
+        assert len(shared) < 0.02 * len(every), shared
+    test = splits["test"]
+    assert test.images.shape[1:] == (72, 72, 3)
+    assert len(set(test.labels[:100])) == len(test.class_names) == 8
+    np.testing.assert_array_equal(test.labels, [every[i].label for i in test.indices])
+    # Where nothing is drawn it is white.
+    np.testing.assert_array_equal(
+        test.images[np.broadcast_to(test.salience == 0, test.images.shape)], 1
+    )

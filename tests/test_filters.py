@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import scipy.optimize
 
-from jaxrobust import attacks, cropd, data
+from jaxrobust import attacks, data, models
 
 PHOTOS = data.foolbox_photos("cifar10").images[:4]
 
@@ -28,7 +28,7 @@ def by_pillow(image, quality):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jpeg_is_pillows_but_for_its_integer_arithmetic(quality, channels):
     images = PHOTOS[:, :29, :27, :channels]  # sides that eight does not divide
-    ours = np.asarray(cropd.jpeg(quality).apply({}, images))
+    ours = np.asarray(models.jpeg(quality).apply({}, images))
     assert ours.shape == images.shape
     theirs = np.stack([by_pillow(image, quality) for image in images])
     away = 255 * np.abs(ours - theirs)
@@ -39,7 +39,7 @@ def test_jpeg_is_pillows_but_for_its_integer_arithmetic(quality, channels):
 
 
 def test_jpeg_has_no_gradient_and_bpda_gives_it_one():
-    model = cropd.jpeg(50)
+    model = models.jpeg(50)
     score = lambda f: jax.grad(lambda x: jnp.square(f(x)).sum())(jnp.asarray(PHOTOS))  # noqa: E731
     plain = score(lambda x: model.apply({}, x))
     np.testing.assert_array_equal(plain, 0)
@@ -59,18 +59,20 @@ def test_total_variation_reaches_the_minimum():
         smoothed_objective, x.ravel(), (x, 0.1), method="Powell",
         options={"maxiter": 100_000, "xtol": 1e-8, "ftol": 1e-12},
     )  # fmt: skip
-    model = cropd.total_variation(0.1, steps=500)
+    model = models.total_variation(0.1, steps=500)
     found = np.asarray(model.apply({}, jnp.float32(x)[None, :, :, None]))[0, :, :, 0]
     assert smoothed_objective(found, x, 0.1) <= best.fun + 1e-3
-    few = np.asarray(cropd.total_variation(0.1, steps=2).apply({}, jnp.float32(x)[None, ..., None]))
+    few = np.asarray(
+        models.total_variation(0.1, steps=2).apply({}, jnp.float32(x)[None, ..., None])
+    )
     assert smoothed_objective(few[0, ..., 0], x, 0.1) > best.fun
 
 
 def test_total_variation_leaves_constants_alone_and_has_a_gradient():
     flat = np.full((1, 6, 6, 3), 0.3, np.float32)
-    model = cropd.total_variation(0.2, steps=20)
+    model = models.total_variation(0.2, steps=20)
     np.testing.assert_allclose(model.apply({}, flat), flat, atol=1e-6)
-    np.testing.assert_array_equal(cropd.total_variation(0.0).apply({}, PHOTOS), PHOTOS)
+    np.testing.assert_array_equal(models.total_variation(0.0).apply({}, PHOTOS), PHOTOS)
     gradient = jax.grad(lambda x: jnp.square(model.apply({}, x)).sum())(jnp.asarray(PHOTOS))
     assert (np.asarray(gradient) != 0).mean() > 0.9
 
@@ -78,12 +80,12 @@ def test_total_variation_leaves_constants_alone_and_has_a_gradient():
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("quality must be", lambda: cropd.jpeg(0)),
-        ("quality must be <= 100", lambda: cropd.jpeg(101)),
-        ("x must have 1 or 3", lambda: cropd.jpeg(50).apply({}, np.zeros((1, 8, 8, 2)))),
-        ("weight must be", lambda: cropd.total_variation(-0.1)),
-        ("steps must be", lambda: cropd.total_variation(0.1, 0)),
-        ("has no activations", lambda: cropd.jpeg(50).apply({}, PHOTOS, taps=("latent",))),
+        ("quality must be", lambda: models.jpeg(0)),
+        ("quality must be <= 100", lambda: models.jpeg(101)),
+        ("x must have 1 or 3", lambda: models.jpeg(50).apply({}, np.zeros((1, 8, 8, 2)))),
+        ("weight must be", lambda: models.total_variation(-0.1)),
+        ("steps must be", lambda: models.total_variation(0.1, 0)),
+        ("has no activations", lambda: models.jpeg(50).apply({}, PHOTOS, taps=("latent",))),
     ],
 )
 def test_bad_arguments_are_refused(message, call):

@@ -11,7 +11,6 @@ Source: CRoPD (arXiv:2504.10850).
 """
 
 from jaxrobust.cropd.bound import BoundReport, bound_report
-from jaxrobust.cropd.filters import jpeg, total_variation
 from jaxrobust.cropd.heads import features, fit_head
 from jaxrobust.cropd.objective import FORMS, Weights, robust_autoencoder
 
@@ -22,7 +21,5 @@ __all__ = [
     "bound_report",
     "features",
     "fit_head",
-    "jpeg",
     "robust_autoencoder",
-    "total_variation",
 ]

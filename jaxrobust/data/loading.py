@@ -40,6 +40,7 @@ ENTRIES = {
     "cub200": Entry("jaxrobust.data.birds", "JaxrobustCub200", size=224),
     "cutouts": Entry("jaxrobust.data.cutouts", "JaxrobustCutouts"),
     "stamps": Entry("jaxrobust.data.cutouts", "JaxrobustStamps"),
+    "emoji": Entry("jaxrobust.data.emoji", "JaxrobustEmoji"),
 }
 
 
@@ -68,8 +69,8 @@ def load(
         size: side in pixels to resize and centre-crop to; None keeps the set's own.
 
     Returns:
-        images [n, h, w, c] float32 in [0, 1], labels, indices and class names; of cub200, cutouts
-        and stamps also salience [n, h, w, 1], the depicted thing's own map.
+        images [n, h, w, c] float32 in [0, 1], labels, indices and class names; of cub200,
+        cutouts, stamps and emoji also salience [n, h, w, 1], the depicted thing's own map.
 
     Raises:
         ValueError: the name or the split is unknown, an archive is not the expected one, or the

@@ -10,16 +10,19 @@ from jaxrobust.models.efficientnet import (
     efficientnet_lite0,
     load_efficientnet_lite0,
 )
+from jaxrobust.models.filters import jpeg, total_variation
 from jaxrobust.models.layers import Mode, normalise
 from jaxrobust.models.model import Model, from_linen
 from jaxrobust.models.registry import build
 from jaxrobust.models.resnet import preact_resnet, preact_resnet18, wide_resnet
+from jaxrobust.models.towers import Tower, load_image_tower
 from jaxrobust.models.vit import vit, vit_preset
 
 __all__ = [
     "AutoEncoder",
     "Mode",
     "Model",
+    "Tower",
     "autoencoder",
     "build",
     "conv2d",
@@ -29,12 +32,15 @@ __all__ = [
     "efficientnet_lite0",
     "from_linen",
     "join",
+    "jpeg",
     "load_efficientnet_lite0",
+    "load_image_tower",
     "normalise",
     "part",
     "preact_resnet",
     "preact_resnet18",
     "small_cnn",
+    "total_variation",
     "vit",
     "vit_preset",
     "wide_resnet",

@@ -52,7 +52,8 @@ def defend(
     Returns:
         A Model. Its variables hold those of its parts under their names ("params" ->
         "preprocessor", "foundation", "head"; likewise "batch_stats"), as `join` makes them; its
-        taps are those of the parts, "preprocessor.latent", "foundation.features", and "resized".
+        taps are those of the parts, "preprocessor.latent", "foundation.features", and the images
+        "preprocessed" and "resized".
 
     Raises:
         ValueError: resize is not two or three integers >= 1, head < 1, or frozen names no part.
@@ -205,6 +206,7 @@ def _compose(
 
     if parts.preprocessor is not None:
         x, _ = stage("preprocessor", parts.preprocessor, x)
+        values["preprocessed"] = x
     values["resized"] = x = _resize(parts, x)
     extra = () if parts.head is None else (parts.tap,)
     logits, found = stage("foundation", parts.foundation, x, extra)

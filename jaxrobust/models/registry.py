@@ -7,6 +7,7 @@ from jaxrobust.models.autoencoder import AutoEncoder, autoencoder
 from jaxrobust.models.cnn import small_cnn
 from jaxrobust.models.defended import defend
 from jaxrobust.models.efficientnet import efficientnet_lite, efficientnet_lite0
+from jaxrobust.models.filters import jpeg, total_variation
 from jaxrobust.models.layers import check_choice
 from jaxrobust.models.model import Model
 from jaxrobust.models.resnet import preact_resnet, preact_resnet18, wide_resnet
@@ -24,9 +25,11 @@ FACTORIES: Mapping[str, Callable[..., Model | AutoEncoder]] = {
     "defended": _defended,
     "efficientnet_lite": efficientnet_lite,
     "efficientnet_lite0": efficientnet_lite0,
+    "jpeg": jpeg,
     "preact_resnet": preact_resnet,
     "preact_resnet18": preact_resnet18,
     "small_cnn": small_cnn,
+    "total_variation": total_variation,
     "vit": vit,
     "vit_preset": vit_preset,
     "wide_resnet": wide_resnet,

@@ -48,28 +48,46 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with a GELU between."""
+    """Two dense layers with an activation between."""
 
     hidden: int
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], mode: Mode = INFERENCE) -> Float[Array, "b n d"]:
-        """fc2(gelu(fc1(x)))."""
-        y = activate(Dense(self.hidden, XAVIER, name="fc1")(x, mode), "gelu")
+        """fc2(act(fc1(x)))."""
+        y = activate(Dense(self.hidden, XAVIER, name="fc1")(x, mode), self.activation)
         return Dense(x.shape[-1], XAVIER, name="fc2")(y, mode)
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel at the end of a branch (Touvron et al. 2021, CaiT)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Gamma * x."""
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), (x.shape[-1],), jnp.float32)
+        return x * gamma.astype(x.dtype)
+
+
 class EncoderBlock(nn.Module):
-    """x <- x + attn(norm1(x)); x <- x + mlp(norm2(x))."""
+    """x <- x + ls1(attn(norm1(x))); x <- x + ls2(mlp(norm2(x))); ls is 1 without `layer_scale`."""
 
     heads: int
     hidden: int
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], mode: Mode = INFERENCE) -> Float[Array, "b n d"]:
         """One transformer block."""
-        x = x + Attention(self.heads, name="attn")(LayerNorm(name="norm1")(x, mode), mode)
-        return x + MLP(self.hidden, name="mlp")(LayerNorm(name="norm2")(x, mode), mode)
+        y = LayerNorm(self.norm_eps, name="norm1")(x, mode)
+        y = Attention(self.heads, name="attn")(y, mode)
+        x = x + (LayerScale(name="ls1")(y) if self.layer_scale else y)
+        y = LayerNorm(self.norm_eps, name="norm2")(x, mode)
+        y = MLP(self.hidden, self.activation, name="mlp")(y, mode)
+        return x + (LayerScale(name="ls2")(y) if self.layer_scale else y)
 
 
 class ViT(nn.Module):
@@ -81,7 +99,15 @@ class ViT(nn.Module):
     heads: int
     mlp_ratio: float
     pool: str
-    classes: int
+    classes: int | None
+    activation: str
+    norm_eps: float
+    pre_norm: bool
+    patch_bias: bool
+    layer_scale: bool
+    registers: int
+    embed_class: bool
+    projection: int | None
     remat: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -90,23 +116,50 @@ class ViT(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], mode: Mode = INFERENCE
     ) -> Float[Array, "b classes"]:
-        """Logits of a batch of images in [0, 1]."""
+        """Logits of a batch of images in [0, 1], or features without classes."""
         _check_patches(x.shape, self.patch)
         x = normalise(x, self.mean, self.std)
         shape = (self.width, self.patch, self.patch, "VALID")
-        x = Conv(*shape, use_bias=True, name="patch_embed")(x, mode)
-        x = x.reshape(x.shape[0], -1, self.width)
-        if self.pool == "cls":
-            token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width), jnp.float32)
-            token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
-            x = jnp.concatenate([token, x], axis=1)
-        position = self.param("pos_embed", SMALL_NORMAL, (1, *x.shape[1:]), jnp.float32)
-        x = Point(name="tokens")(x + position.astype(x.dtype))
-        block: dict[str, Any] = {"heads": self.heads, "hidden": int(self.width * self.mlp_ratio)}
+        x = Conv(*shape, use_bias=self.patch_bias, name="patch_embed")(x, mode)
+        x = Point(name="tokens")(self._tokens(x.reshape(x.shape[0], -1, self.width)))
+        if self.pre_norm:
+            x = LayerNorm(self.norm_eps, name="norm_pre")(x, mode)
+        block: dict[str, Any] = {
+            "heads": self.heads,
+            "hidden": int(self.width * self.mlp_ratio),
+            "activation": self.activation,
+            "norm_eps": self.norm_eps,
+            "layer_scale": self.layer_scale,
+        }
         x = Stack(EncoderBlock, (block,) * self.depth, self.remat, name="blocks")(x, mode)
-        x = LayerNorm(name="norm")(x, mode)
-        x = Point(name="features")(x[:, 0] if self.pool == "cls" else x.mean(1))
+        x = LayerNorm(self.norm_eps, name="norm")(x, mode)
+        x = x[:, 0] if self.pool == "cls" else x[:, self.registers :].mean(1)
+        if self.projection is not None:
+            kernel = self.param("proj", XAVIER, (self.width, self.projection), jnp.float32)
+            x, kernel = mode.cast(x, kernel)
+            x = x @ kernel
+        x = Point(name="features")(x)
+        if self.classes is None:
+            return x
         return Dense(self.classes, SMALL_NORMAL, name="head")(x, mode)
+
+    def _tokens(self, patches: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
+        """Class token, registers, patches; positions on all but the registers."""
+        b, count, width = patches.shape
+        zeros = nn.initializers.zeros
+        row = lambda v: jnp.broadcast_to(v.astype(patches.dtype), (b, *v.shape[1:]))  # noqa: E731
+        first = self.pool == "cls"
+        length = count + (first and self.embed_class)
+        position = self.param("pos_embed", SMALL_NORMAL, (1, length, width), jnp.float32)
+        position = position.astype(patches.dtype)
+        parts = [patches + position[:, length - count :]]
+        if self.registers:
+            shape = (1, self.registers, width)
+            parts.insert(0, row(self.param("reg_token", SMALL_NORMAL, shape, jnp.float32)))
+        if first:
+            token = row(self.param("cls_token", zeros, (1, 1, width), jnp.float32))
+            parts.insert(0, token + position[:, : length - count].sum(1, keepdims=True))
+        return jnp.concatenate(parts, axis=1)
 
 
 def _check_patches(shape: tuple[int, ...], patch: int) -> None:
@@ -122,7 +175,15 @@ def vit(
     *,
     mlp_ratio: float = 4.0,
     pool: str = "cls",
-    classes: int = 10,
+    classes: int | None = 10,
+    activation: str = "gelu",
+    norm_eps: float = 1e-6,
+    pre_norm: bool = False,
+    patch_bias: bool = True,
+    layer_scale: bool = False,
+    registers: int = 0,
+    embed_class: bool = True,
+    projection: int | None = None,
     remat: bool = False,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
@@ -139,7 +200,15 @@ def vit(
         heads: attention heads.
         mlp_ratio: the MLP's hidden width over `width`.
         pool: "cls" (a class token) or "mean" (of all tokens; there is no class token then).
-        classes: number of classes.
+        classes: number of classes; None ends at the features.
+        activation: of the MLPs: "gelu", or CLIP's "quick_gelu".
+        norm_eps: of the layer normalisations, > 0.
+        pre_norm: a layer normalisation before the first block, as CLIP's.
+        patch_bias: whether the patch embedding has a bias; CLIP's has none.
+        layer_scale: a learned factor per channel at the end of each branch, as DINOv2's.
+        registers: further tokens that only the attention sees, as in DINOv2 "with registers".
+        embed_class: whether the class token has a position of its own.
+        projection: width of a last linear map of the features, as CLIP's; None for none.
         remat: compute blocks again in the backward pass instead of keeping their inside.
         mean: subtracted from the image, one number or one per channel.
         std: divides it, likewise.
@@ -148,13 +217,18 @@ def vit(
         A Model; taps: tokens, blocks.0, blocks.0.attn.maps [b, heads, n, n], ..., features, head.
 
     Raises:
-        ValueError: a count is not an integer >= 1, or `width` is not a multiple of `heads`.
+        ValueError: a count is not an integer >= 1, `width` is not a multiple of `heads`, registers
+            < 0 or norm_eps <= 0.
 
     Source: Dosovitskiy et al. 2021.
     """
-    check_common(mean=mean, std=std)
+    check_common(mean=mean, std=std, activation=activation)
     check_choice("pool", pool, ("cls", "mean"))
-    check_counts(patch=patch, width=width, depth=depth, heads=heads, classes=classes)
+    check_counts(patch=patch, width=width, depth=depth, heads=heads)
+    optional = {"classes": classes, "projection": projection}
+    check_counts(**{name: n for name, n in optional.items() if n is not None})
+    if registers < 0 or norm_eps <= 0:
+        raise ValueError(f"registers must be >= 0, norm_eps > 0, got {registers} and {norm_eps}")
     if width % heads:
         raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
     if width * mlp_ratio < 1:
@@ -167,6 +241,14 @@ def vit(
         mlp_ratio=mlp_ratio,
         pool=pool,
         classes=classes,
+        activation=activation,
+        norm_eps=norm_eps,
+        pre_norm=pre_norm,
+        patch_bias=patch_bias,
+        layer_scale=layer_scale,
+        registers=registers,
+        embed_class=embed_class,
+        projection=projection,
         remat=remat,
         mean=tuple(mean),
         std=tuple(std),

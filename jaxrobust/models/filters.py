@@ -13,9 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxrobust.attacks.inputs import check_number, check_steps
-from jaxrobust.models import Model
-from jaxrobust.models.model import images
+from jaxrobust.models.layers import check_counts
+from jaxrobust.models.model import Model, images
 
 _BLOCK = 8
 # Tables K.1 and K.2 of the standard (ITU-T T.81), which libjpeg scales by its quality.
@@ -51,9 +50,9 @@ def jpeg(quality: int = 75) -> Model:
         A Model from images [b, h, w, c] in [0, 1], c = 1 or 3, of any size, to the same.
 
     Raises:
-        ValueError: quality is no whole number from 1 to 100.
+        ValueError: quality is not an integer from 1 to 100.
     """
-    check_steps(quality, "quality")
+    check_counts(quality=quality)
     if quality > 100:
         raise ValueError(f"quality must be <= 100, got {quality}")
     return _filter(partial(_jpeg, quality), {"name": "jpeg", "quality": quality})
@@ -77,8 +76,9 @@ def total_variation(weight: float = 0.1, steps: int = 30) -> Model:
 
     Source: Rudin et al. 1992; Chambolle 2004, eq. 9, with the projected step of Chambolle 2005.
     """
-    check_number("weight", weight, low=0)
-    check_steps(steps)
+    check_counts(steps=steps)
+    if not weight >= 0:
+        raise ValueError(f"weight must be >= 0, got {weight}")
     config = {"name": "total_variation", "weight": weight, "steps": steps}
     return _filter(partial(_total_variation, weight, steps), config)
 

@@ -1,0 +1,201 @@
+"""Published image towers as this package's ViT: files of timm, DINOv2 and OpenCLIP.
+
+    model, variables, shape = load_image_tower("ViT-B-32.safetensors", activation="quick_gelu")
+    features = model.apply(variables, images)            # [b, *shape] images in [0, 1]
+
+A state dict tells width, depth, patch and image size, but neither the number of heads nor, in
+OpenCLIP's files, the activation, nor how images were normalised.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxrobust.files import CheckpointError, check_same_arrays
+from jaxrobust.models.model import Model
+from jaxrobust.models.torch_file import read_torch
+from jaxrobust.models.vit import vit
+
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Width of a head in the published ViTs, but for the very largest.
+_HEAD_WIDTH = 64
+_CLIP_RENAMES = (
+    ("conv1.", "patch_embed."),
+    ("class_embedding", "cls_token"),
+    ("positional_embedding", "pos_embed"),
+    ("ln_pre.", "norm_pre."),
+    ("ln_post.", "norm."),
+    ("transformer.resblocks.", "blocks."),
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".ls_1.", ".ls1."),
+    (".ls_2.", ".ls2."),
+    (".in_proj_", ".qkv."),
+    (".out_proj.", ".proj."),
+    (".c_fc.", ".fc1."),
+    (".c_proj.", ".fc2."),
+)
+_TIMM_RENAMES = (("patch_embed.proj.", "patch_embed."), ("register_tokens", "reg_token"))
+
+
+class Tower(NamedTuple):
+    """A model, its variables, and the shape (h, w, 3) of the images that it wants."""
+
+    model: Model
+    variables: dict[str, Any]
+    shape: tuple[int, int, int]
+
+
+def load_image_tower(
+    path: str | os.PathLike,
+    *,
+    heads: int | None = None,
+    activation: str | None = None,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    key: str | None = None,
+) -> Tower:
+    """A published vision transformer by its file.
+
+    Args:
+        path: safetensors, or a torch file of any version (torch is not needed).
+        heads: attention heads; None is width / 64, as in the published sizes Ti to L.
+        activation: "gelu" or "quick_gelu"; needed for OpenCLIP's layout, where OpenAI's weights
+            want the latter and LAION's the former. timm's and DINOv2's is "gelu".
+        size: side of the images, a multiple of the patch; None is that of the file. Positions are
+            interpolated bicubically (jax.image.resize, not quite PyTorch's kernel).
+        mean: subtracted from the images. None is CLIP's for OpenCLIP's layout and ImageNet's for
+            DINOv2's; timm's other weights differ, and must be told.
+        std: divides them, likewise.
+        key: where the state dict lies in the file, if it holds several.
+
+    Returns:
+        The tower. Without a classification head in the file its output is the features: of the
+        class token, after CLIP's projection where there is one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is of no such layout, or entries are missing, surplus or wrongly
+            shaped: all of them are named.
+        ValueError: what the file does not tell was not told, or does not fit it.
+    """
+    state = read_torch(path, key)
+    clip = any(name.endswith("class_embedding") for name in state)
+    arrays = _ours(path, state, clip)
+    if activation is None and clip:
+        raise ValueError(
+            "activation must be given for OpenCLIP's layout: 'quick_gelu' for OpenAI's weights, "
+            "'gelu' for LAION's"
+        )
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std must be given together, got {mean} and {std}")
+    if mean is None:
+        if not clip and "blocks.0.ls1.gamma" not in arrays:
+            raise ValueError("mean and std must be given for timm's ViTs: they differ")
+        mean, std = CLIP if clip else IMAGENET
+    config, grid = _config(path, arrays, clip, heads, activation or "gelu")
+    side = size or grid * config["patch"]
+    if side % config["patch"]:
+        raise ValueError(f"size must be a multiple of patch = {config['patch']}, got {size}")
+    arrays["pos_embed"] = _resized(arrays["pos_embed"], grid, side // config["patch"])
+    model = vit(**config, mean=tuple(mean), std=tuple(std))
+    shape = (side, side, 3)
+    return Tower(model, _checked(path, arrays, model, shape), shape)
+
+
+def _ours(path, state: Mapping[str, np.ndarray], clip: bool) -> dict[str, np.ndarray]:
+    """The image tower's entries under our names, still in torch's order of axes."""
+    prefix = "visual." if any(name.startswith("visual.") for name in state) else ""
+    out = {}
+    for name, array in state.items():
+        if not name.startswith(prefix) or name == "mask_token":
+            continue  # of the text tower, or of DINOv2's training
+        name = name.removeprefix(prefix)
+        for theirs, ours in _CLIP_RENAMES if clip else _TIMM_RENAMES:
+            name = name.replace(theirs, ours)
+        out[name] = array
+    lacking = {"patch_embed.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - set(out)
+    if lacking:
+        raise CheckpointError(
+            f"{path}: no image tower of timm's, DINOv2's or OpenCLIP's layout, it lacks "
+            f"{', '.join(sorted(lacking))}; found {len(state)} arrays: "
+            f"{', '.join(sorted(state)[:20])}"
+        )
+    if clip:
+        out["cls_token"] = out["cls_token"].reshape(1, 1, -1)
+        out["pos_embed"] = out["pos_embed"][None]
+    return out
+
+
+def _config(path, arrays, clip, heads, activation) -> tuple[dict[str, Any], int]:
+    """Arguments of `vit`, and the side of the grid of patches."""
+    width, _, patch, _ = arrays["patch_embed.weight"].shape
+    heads = heads or max(width // _HEAD_WIDTH, 1)
+    if width % heads:
+        raise ValueError(f"heads must divide the width {width}, got {heads}")
+    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in arrays]
+    length = arrays["pos_embed"].shape[1]
+    grid = math.isqrt(length)
+    embed_class = grid * grid != length
+    if embed_class and grid * grid != length - 1:
+        raise CheckpointError(f"{path}: {length} positions are no square of patches")
+    head, projection = arrays.get("head.bias"), arrays.get("proj")
+    config = {
+        "patch": int(patch),
+        "width": int(width),
+        "depth": 1 + max(int(found[1]) for found in blocks if found),
+        "heads": heads,
+        "mlp_ratio": arrays["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "pool": "cls",
+        "classes": None if head is None else len(head),
+        "activation": activation,
+        "norm_eps": 1e-5 if clip else 1e-6,
+        "pre_norm": "norm_pre.weight" in arrays,
+        "patch_bias": "patch_embed.bias" in arrays,
+        "layer_scale": "blocks.0.ls1.gamma" in arrays,
+        "registers": arrays["reg_token"].shape[1] if "reg_token" in arrays else 0,
+        "embed_class": embed_class,
+        "projection": None if projection is None else projection.shape[1],
+    }
+    return config, grid
+
+
+def _resized(positions: np.ndarray, grid: int, new: int) -> np.ndarray:
+    if new == grid:
+        return positions
+    first, rest = positions[:, : -grid * grid], positions[:, -grid * grid :]
+    rest = rest.reshape(1, grid, grid, -1)
+    rest = jax.image.resize(rest, (1, new, new, rest.shape[3]), "bicubic")
+    return np.concatenate([first, np.asarray(rest).reshape(1, new * new, -1)], 1)
+
+
+def _checked(path, arrays, model, shape) -> dict[str, Any]:
+    """Our variables, after a comparison of all names and shapes with what the model has."""
+    found = dict(_entry(name, array) for name, array in arrays.items())
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), shape))
+    expected = flatten_dict(like["params"])
+    check_same_arrays(
+        Path(path),
+        {".".join(k): f"{list(a.shape)}" for k, a in found.items()},
+        {".".join(k): f"{list(leaf.shape)}" for k, leaf in expected.items()},
+    )
+    params = unflatten_dict({k: jnp.asarray(a, jnp.float32) for k, a in found.items()})
+    return {"params": params, "batch_stats": {}}
+
+
+def _entry(name: str, array: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    *path, leaf = name.split(".")
+    if leaf == "weight":
+        leaf = "scale" if array.ndim == 1 else "kernel"
+        array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
+    return (*path, leaf), array
