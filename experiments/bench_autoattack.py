@@ -71,7 +71,7 @@ LARGE = Problem(
 )  # fmt: skip
 WIDE = Problem(
     model={"name": "preact_resnet18", "norm": "batch"}, dataset="cifar10", norm="linf", eps=1e-5,
-    epochs=0, rate=0.0, images=20,
+    epochs=0, rate=0.0, images=16,
 )  # fmt: skip
 
 

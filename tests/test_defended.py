@@ -145,8 +145,9 @@ def test_features_are_what_the_head_sees_in_batches_of_any_size(variables):
 
 
 def test_the_fitted_head_is_the_optimum_that_scikit_learn_finds():
-    features = RANDOM.normal(size=(90, 5)) * [1, 10, 0.1, 1, 0] + 3
-    labels = (features[:, :3] / [1, 10, 0.1] + RANDOM.normal(size=(90, 3))).argmax(1)
+    drawn = RANDOM.normal(size=(90, 5))
+    features = drawn * [1, 10, 0.1, 1, 0] + 3
+    labels = (drawn[:, :3] + RANDOM.normal(size=(90, 3))).argmax(1)
     decay = 1e-2
     head = cropd.fit_head(features, labels, 3, decay=decay)["params"]
     spread = np.where(features.std(0) > 0, features.std(0), 1)

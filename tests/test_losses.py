@@ -355,8 +355,8 @@ def test_what_raises_the_reported_loss_of_an_example_does_not_depend_on_the_batc
 
 
 def test_the_reported_loss_is_bounded_below_and_may_be_negative():
-    same = np.eye(BATCH, 2 * BATCH, dtype=np.float32)
-    opposite = np.concatenate([same[:1], -same[:1]])
+    same = jnp.eye(BATCH, 2 * BATCH)
+    opposite = jnp.concatenate([same[:1], -same[:1]])
     np.testing.assert_allclose(losses.adversarial_contrastive(opposite, opposite), -4, rtol=1e-6)
     np.testing.assert_allclose(
         losses.adversarial_contrastive(same, same), np.log(BATCH - 1) - 2, rtol=1e-5
