@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Real
 
 
 def smallest(
-    holds: Callable[[Float[Array, " b"]], Bool[Array, " b"]], count: int, dtype: jnp.dtype
+    holds: Callable[[Float[Array, " b"]], Bool[Array, " b"]], count: int, dtype: DTypeLike
 ) -> Float[Array, " b"]:
     """Exactly the smallest number >= 0 at which `holds` is true, for each row.
 
@@ -39,14 +40,13 @@ def smallest(
         return jnp.where(true, low, middle + 1), jnp.where(true, middle, high)
 
     infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, dtype), whole)
-    ends = jnp.zeros(count, whole), jnp.full(count, infinity)
-    return as_float(jax.lax.fori_loop(0, bits - 1, halve, ends)[1])
+    # The first sweep stands outside: under shard_map the ends vary over devices from then on.
+    ends = halve(0, (jnp.zeros(count, whole), jnp.full(count, infinity)))
+    return as_float(jax.lax.fori_loop(1, bits - 1, halve, ends)[1])
 
 
-def kth_largest(
-    values: Float[Array, "b n"], k: Float[Array, " b"] | Float[Array, ""]
-) -> Float[Array, " b"]:
-    """The k-th largest number of each row, 1 <= k <= n; values >= 0."""
+def kth_largest(values: Float[Array, "b n"], k: Real[Array, " b"]) -> Float[Array, " b"]:
+    """The k-th largest number of each row, 1 <= k <= n; inf for k = 0. Values are >= 0."""
     fewer = lambda t: (values > t[:, None]).sum(1) < k  # noqa: E731
     return smallest(fewer, values.shape[0], values.dtype)
 

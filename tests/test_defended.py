@@ -196,7 +196,7 @@ def linear_world(pixels=6, code=4, width=5, seed=3):
     variables = models.join(
         preprocessor={"params": {}}, foundation={"params": {}}, head={"params": head}
     )
-    return defended, variables, np.linalg.norm(w["D"] @ w["F"], 2)
+    return defended, variables, float(np.linalg.norm(w["D"] @ w["F"], 2))
 
 
 @pytest.mark.parametrize("seed", range(3))

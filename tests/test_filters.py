@@ -33,7 +33,7 @@ def test_jpeg_is_pillows_but_for_its_integer_arithmetic(quality, channels):
     theirs = np.stack([by_pillow(image, quality) for image in images])
     away = 255 * np.abs(ours - theirs)
     assert away.mean() < 0.6
-    assert np.quantile(away, 0.99) < 5
+    assert np.quantile(away, 0.99) < 6
     # And far closer than what compression itself changes.
     assert away.mean() < 0.3 * 255 * np.abs(images - theirs).mean()
 

@@ -4,7 +4,7 @@ An attack on a classifier is done with an example the moment it is misclassified
 for its slowest example computes mostly for nothing. Here a batch is a row of slots: each holds one
 example at its own iteration; a slot whose example is broken, or out of iterations, takes the next
 example, or the same one's next round (a restart, another target class). So one compiled shape stays
-full until the work runs out, and a second, smaller one finishes the rest.
+full until the work runs out, and a smaller one finishes the rest.
 
 What a slot computes depends on its example and key alone: results are the same for every number of
 slots, order of examples and number of devices.
@@ -24,8 +24,9 @@ from jaxtyping import Array
 from jaxrobust import metrics, parallel
 from jaxrobust.attacks import inputs, loop
 
-# The smaller shape has this share of the slots.
-_TAIL = 8
+# What few examples are given, as shares of the slots: each is compiled when it is first needed. A
+# run that was full ends in the first of them.
+_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 
 State = Any
@@ -138,8 +139,8 @@ def run(
     pool = _Pool(search, logits_fn, problem, args, mesh, fitting(slots, len(waiting), mesh))
     while waiting or pool.busy:
         pool.fill(waiting)
-        small = fitting(slots, pool.busy, mesh)
-        if not waiting and small < pool.slots:
+        small = fitting(slots, 1, mesh)
+        if not waiting and pool.busy <= small < pool.slots:
             pool.shrink(small)
         on_turn(pool.slots * search.chunk)
         for example, number, x_adv in pool.turn():
@@ -149,10 +150,10 @@ def run(
 
 
 def fitting(slots: int, needed: int, mesh: Mesh | None) -> int:
-    """The smaller of the two shapes if that is enough."""
+    """The smallest of the five shapes that is enough, or the largest."""
     devices = mesh.size if mesh else 1
-    small = max(slots // _TAIL // devices, 1) * devices
-    return small if needed <= small else slots
+    shapes = (max(int(slots * share) // devices, 1) * devices for share in _SHARES)
+    return next((shape for shape in shapes if needed <= shape), slots)
 
 
 class _Pool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tqdm import tqdm
 
 from jaxrobust import losses, parallel
@@ -63,8 +63,8 @@ def _vectors(activation):
 
 
 def fit_head(
-    features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
+    features: Any,
+    labels: Any,
     classes: int,
     *,
     decay: float = 1e-3,
@@ -76,8 +76,8 @@ def fit_head(
     one, whatever the start, and the scale of single features does not matter.
 
     Args:
-        features: [n, d].
-        labels: [n] in [0, classes).
+        features: [n, d] float.
+        labels: [n] whole numbers in [0, classes).
         classes: how many; some may be missing among the labels.
         decay: > 0.
         iterations: of L-BFGS at most.

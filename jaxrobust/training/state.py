@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from jaxrobust.models import Model
+from jaxrobust.models import AutoEncoder, Model
 
 PyTree = Any
 
@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
 
 
 def create_state(
-    model: Model,
+    model: Model | AutoEncoder,
     optimizer: optax.GradientTransformation,
     key: Array,
     shape: tuple[int, int, int],

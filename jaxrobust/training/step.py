@@ -8,7 +8,7 @@ import optax
 
 from jaxrobust import parallel
 from jaxrobust.attacks.inputs import fold
-from jaxrobust.models import Model
+from jaxrobust.models import AutoEncoder, Model
 from jaxrobust.training.objectives import Context, Objective
 from jaxrobust.training.state import TrainState
 
@@ -20,7 +20,7 @@ _AUGMENT, _PERTURB = 0, 1
 
 
 def train_step(
-    model: Model,
+    model: Model | AutoEncoder,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     *,
