@@ -105,6 +105,11 @@ def test_a_saved_configuration_makes_the_same_model_again(variables):
     np.testing.assert_array_equal(same, DEFENDED.apply(variables, IMAGES))
 
 
+def without_head(variables):
+    parts = {name: models.part(variables, name) for name in ("preprocessor", "foundation")}
+    return models.join(**parts)
+
+
 @pytest.mark.parametrize(
     ("message", "call"),
     [
@@ -126,7 +131,8 @@ def test_a_saved_configuration_makes_the_same_model_again(variables):
             "x must have 1 or 3 channels",
             lambda v: models.defend(None, SIZE, FOUNDATION).apply(v, np.zeros((1, 8, 8, 2))),
         ),
-        ("a head of its own", lambda v: cropd.features(FOUNDATION, v, IMAGES)),
+        ("made by models.defend", lambda v: cropd.features(FOUNDATION, v, IMAGES)),
+        ("variables must hold a head", lambda v: DEFENDED.apply(without_head(v), IMAGES)),
     ],
 )
 def test_bad_arguments_are_refused(message, call, variables):
@@ -140,7 +146,7 @@ def test_bad_arguments_are_refused(message, call, variables):
 def test_features_are_what_the_head_sees_in_batches_of_any_size(variables):
     features = by_hand(variables, IMAGES)[1]
     for size in (2, 4, 100):
-        found = cropd.features(DEFENDED, variables, IMAGES, batch_size=size)
+        found = cropd.features(DEFENDED, without_head(variables), IMAGES, batch_size=size)
         np.testing.assert_allclose(found, features, rtol=1e-4, atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """A linear head on frozen features: features once for all, then a convex problem to its optimum."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from jaxrobust import losses, parallel
 from jaxrobust.attacks.inputs import check_number, check_steps
 from jaxrobust.models import Model
+from jaxrobust.models.defended import Features
 
 
 def features(
@@ -27,8 +29,8 @@ def features(
     """What the head of a defended model sees, for a whole set.
 
     Args:
-        defended: of `models.defend(..., head=classes)`.
-        variables: its variables; those of the head are not looked at.
+        defended: of `models.defend`.
+        variables: its variables; a head is not looked at.
         images: [n, h, w, c] float32 in [0, 1].
         batch_size: images at a time, rounded up to a multiple of the devices.
         mesh: spreads each batch over devices; one device by default.
@@ -38,28 +40,25 @@ def features(
         [n, d] float32.
 
     Raises:
-        ValueError: the model has no head of its own, or batch_size < 1.
+        ValueError: the model is not one of `models.defend`, or batch_size < 1.
     """
     check_steps(batch_size, "batch_size")
-    if defended.config.get("head") is None:
-        raise ValueError("defended must have a head of its own: models.defend(..., head=classes)")
-    tap = f"foundation.{defended.config['tap']}"
+    if defended.config.get("name") != "defended":
+        raise ValueError(f"defended must be made by models.defend, got {defended.config}")
     images = np.asarray(images)
     devices = 1 if mesh is None else mesh.size
     size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
-    run = jax.jit(lambda variables, x: _vectors(defended.apply(variables, x, taps=(tap,))[1][tap]))
     place = jax.device_put if mesh is None else lambda x: parallel.shard_batch(x, mesh)
     found = []
     for start in tqdm(range(0, len(images), size), "features", disable=not progress):
         rows = np.minimum(np.arange(start, start + size), len(images) - 1)
-        found.append(np.asarray(run(variables, place(images[rows]))))
+        found.append(np.asarray(_run(Features(defended), variables, place(images[rows]))))
     return np.concatenate(found)[: len(images)]
 
 
-def _vectors(activation):
-    return (
-        activation.mean((1, 2)) if activation.ndim == 4 else activation.reshape(len(activation), -1)
-    )
+@partial(jax.jit, static_argnums=0)
+def _run(features, variables, x):
+    return features(variables, x)
 
 
 def fit_head(

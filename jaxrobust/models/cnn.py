@@ -10,6 +10,7 @@ from jaxrobust.models.layers import (
     Conv,
     Dense,
     Mode,
+    Point,
     activate,
     check_common,
     check_counts,
@@ -46,6 +47,7 @@ class SmallCNN(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.dense, 1):
             x = activate(Dense(width, name=f"fc{i}")(x, mode), self.activation)
+        x = Point(name="features")(x)
         return Dense(self.classes, name="logits")(x, mode)
 
 
@@ -75,7 +77,7 @@ def small_cnn(
         std: divides it, likewise.
 
     Returns:
-        A Model; its taps are conv1, conv2, ..., fc1, ..., before their activation.
+        A Model; its taps are conv1, conv2, ..., fc1, ..., before their activation, and features.
 
     Raises:
         ValueError: a width is not an integer >= 1, `strides` has another length than `channels`, or

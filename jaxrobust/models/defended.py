@@ -111,6 +111,30 @@ def part(variables: Variables, name: str) -> dict[str, Any]:
     return {kind: variables.get(kind, {}).get(name, {}) for kind in _KINDS}
 
 
+class Features(NamedTuple):
+    """What the head of a defended model sees; equal for the same model, so that it compiles once.
+
+    Attributes:
+        defended: of `defend`; its own head, if it has one, is not needed.
+    """
+
+    defended: Model
+
+    def __call__(self, variables: Variables, x: ArrayLike) -> Float[Array, "b d"]:
+        """The features of x: [b, h, w, c] images in [0, 1]."""
+        parts = self.defended.apply.args[0]._replace(head=None)
+        tap = f"foundation.{parts.tap}"
+        return _flat(_apply(parts, variables, x, (tap,))[1][tap])
+
+    def __hash__(self) -> int:
+        """By the function that the model is."""
+        return hash(self.defended.apply)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same model."""
+        return isinstance(other, Features) and self.defended.apply is other.defended.apply
+
+
 class _Parts(NamedTuple):
     preprocessor: Model | AutoEncoder | None
     resize: tuple[int, ...] | None
@@ -211,6 +235,8 @@ def _compose(
     extra = () if parts.head is None else (parts.tap,)
     logits, found = stage("foundation", parts.foundation, x, extra)
     if parts.head is not None:
+        if _HEAD not in variables["params"]:
+            raise ValueError("variables must hold a head: models.join(..., head=...)")
         own = variables["params"][_HEAD]
         own = jax.lax.stop_gradient(own) if _HEAD in parts.frozen else own
         logits = _flat(found[parts.tap]) @ own["kernel"] + own["bias"]

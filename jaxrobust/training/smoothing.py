@@ -124,21 +124,22 @@ def smooth_adv(
 
 def denoising(
     sigma: float,
-    classify: Callable[[Array], Array],
+    classify: Callable[[Array], Array] | None = None,
     *,
     mse: float = 1.0,
     stability: float = 0.0,
 ) -> Objective:
-    """Trains a denoiser in front of a frozen classifier, which `smoothing.Denoised` then certifies.
+    """Trains a denoiser to stand in front of a classifier, which `smoothing.Denoised` certifies.
 
     loss = mse * ||D(x + noise) - x||^2 / pixels + stability * CE(f(D(x + noise)), argmax f(x))
 
     The trained model is the denoiser D: its output has the shape of an image. The metric "accuracy"
-    is the classifier's, behind the denoiser.
+    is the classifier's, behind the denoiser. Without a classifier it is a denoising auto-encoder.
 
     Args:
         sigma: standard deviation of the noise, > 0.
-        classify: f, x -> [b, classes] logits with its weights inside; nothing flows into them.
+        classify: f, x -> [b, classes] logits with its weights inside; nothing flows into them. None
+            trains for the reconstruction alone.
         mse: weight of the reconstruction, >= 0.
         stability: weight of the agreement with the classifier's own answer at x, >= 0. The paper
             begins with mse alone and goes on with stability alone.
@@ -150,14 +151,18 @@ def denoising(
     check_number("stability", stability, low=0)
     if not mse + stability > 0:
         raise ValueError(f"mse or stability must be > 0, got {mse} and {stability}")
+    if stability and classify is None:
+        raise ValueError(f"stability needs a classifier, got {stability} without one")
 
     def perturb(context, images, labels):
         return _noisy(context, images, sigma, 1)[:, 0], context.extra, {}
 
     def loss(context, forward, images, x_adv, labels):
         restored, stats = forward(x_adv)
-        logits = classify(restored)
         total = mse * losses.squared_error(restored, images)
+        if classify is None:
+            return total, {}, stats
+        logits = classify(restored)
         if stability:
             own = jax.lax.stop_gradient(classify(images).argmax(1))
             total += stability * losses.cross_entropy(logits, own)
