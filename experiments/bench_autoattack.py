@@ -90,7 +90,7 @@ class Config:
 PRESETS = {
     "full": Config(),
     "large": Config(problems={"preact_resnet10": LARGE}),
-    "wide": Config(problems={"preact_resnet18": WIDE}, attacks=("apgd-ce",)),
+    "wide": Config(problems={"preact_resnet18": WIDE}, attacks=("apgd-ce",), batch_size=16),
     "smoke": Config(
         problems={
             "digits_cnn": Problem(

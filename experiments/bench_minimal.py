@@ -15,7 +15,9 @@ import contextlib
 import dataclasses
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,7 +27,7 @@ import numpy as np
 import optax
 
 import jaxrobust as jr
-from experiments import bench_attacks, common, timing
+from experiments import bench_attacks, common, plots, timing
 from jaxrobust import training
 
 NAME = "bench_minimal"
@@ -248,6 +250,36 @@ def measure(case: Problem, runs: dict[str, Callable], norm: str, config: Config)
         figures["mean_norm_found"] = float(found.mean()) if len(found) else None
         figures["milliseconds_per_image"] = 1e3 * figures["seconds_median"] / len(x_adv)
     return timed
+
+
+def table(path: Path) -> str:
+    """Every attack over all networks: its medians beside the best of the others', and its speed."""
+    problems = defaultdict(lambda: defaultdict(dict))
+    for cell in plots.read(path)["cells"]:
+        key = cell["key"]
+        problem = key["model"], key["training"]
+        problems[key["attack"], key["norm"]][problem][key["library"]] = cell["metrics"]
+    lines = []
+    for (attack, norm), found in problems.items():
+        ratios, speeds, failed = [], [], 0
+        for libraries in found.values():
+            ours = libraries["jaxrobust"]
+            others = [m for name, m in libraries.items() if name != "jaxrobust"]
+            if not others:
+                continue
+            times = min(m["milliseconds_per_image"] for m in others)
+            speeds.append(times / ours["milliseconds_per_image"])
+            best = min((m["median_norm"] for m in others if m["median_norm"]), default=None)
+            if ours["median_norm"] is None:
+                failed += 1
+            elif best:
+                ratios.append(ours["median_norm"] / best)
+        shown = f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else "not run"
+        shown += f"; {failed} fell on less than half" if failed else ""
+        speed = f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else "not run"
+        lines.append([attack, norm, shown, speed])
+    header = ["attack", "norm", "median norm / best of the others'", "x the fastest of the others"]
+    return common.markdown(header, lines)
 
 
 def main(config: Config, options) -> None:
