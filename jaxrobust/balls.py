@@ -163,6 +163,7 @@ def _sample_l2(keys, eps, shape):
 # l1
 
 
+@jax.jit
 def _project_l1(delta, eps, low, high):
     """Nearest point of the l1 ball cut with the box, exactly.
 
@@ -181,6 +182,7 @@ def _project_l1(delta, eps, low, high):
     return jnp.clip(eps * jnp.sign(u) * kept / jnp.maximum(_sum(kept), 1), low, high)
 
 
+@jax.jit
 def _ascend_l1(grad, step, eps, low, high):
     """Moves the steepest pixels towards their box, as many as the radius can pay for.
 

@@ -45,12 +45,14 @@ def smallest(
     return as_float(jax.lax.fori_loop(1, bits - 1, halve, ends)[1])
 
 
+@jax.jit
 def kth_largest(values: Float[Array, "b n"], k: Real[Array, " b"]) -> Float[Array, " b"]:
     """The k-th largest number of each row, 1 <= k <= n; inf for k = 0. Values are >= 0."""
     fewer = lambda t: (values > t[:, None]).sum(1) < k  # noqa: E731
     return smallest(fewer, values.shape[0], values.dtype)
 
 
+@jax.jit
 def fill(
     order: Float[Array, "b n"], room: Float[Array, "b n"], budget: Float[Array, " b"]
 ) -> Float[Array, "b n"]:

@@ -5,17 +5,42 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrobust import attacks, cropd, losses, models, parallel, training
 from jaxrobust.cropd import Weights
 
-SHAPE, BATCH = (8, 8, 1), 8
+SHAPE, BATCH, CODE = (4, 4, 1), 8, 6
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.random((BATCH, *SHAPE), dtype=np.float32)
 LABELS = np.zeros(BATCH, np.int32)
 BATCH_OF_8 = {"image": IMAGES, "label": LABELS, "index": np.arange(BATCH, dtype=np.int32)}
-MODEL = models.autoencoder(SHAPE, widths=(8, 8), latent_channels=4, latent_norm=True)
+
+
+def tiny_autoencoder():
+    """One matrix there, one back, and a code of length one: what the objective needs to see."""
+
+    def apply(variables, x, taps=(), perturbations=None):
+        params = variables["params"]
+        code = losses.unit_rows(jnp.tanh(x.reshape(len(x), -1) @ params["E"]))
+        image = jax.nn.sigmoid(code @ params["D"]).reshape(x.shape)
+        return (image, {"latent": code}) if taps else image
+
+    def train(variables, x, *, axis_name=None, dtype=None, taps=()):
+        found = apply(variables, x, taps)
+        return (found[0], {}, found[1]) if taps else (found, {})
+
+    def init(key, shape=SHAPE):
+        one, two = jax.random.split(key)
+        pixels = int(np.prod(shape))
+        weights = {"E": (one, (pixels, CODE)), "D": (two, (CODE, pixels))}
+        return {"params": {name: jax.random.normal(*drawn) for name, drawn in weights.items()}}
+
+    return models.Model(init, apply, train, {"name": "tiny"})
+
+
+MODEL = tiny_autoencoder()
 VARIABLES = MODEL.init(jax.random.key(0))
 ATTACK = attacks.linf_pgd(0.1, steps=3)
 KEYS = jax.random.split(jax.random.key(5), BATCH)
@@ -35,7 +60,7 @@ def forward(x, **options):
 
 
 def code_of(x):
-    return np.asarray(MODEL.encode(VARIABLES, x), np.float64)
+    return np.asarray(MODEL.apply(VARIABLES, x, taps=("latent",))[1]["latent"], np.float64)
 
 
 def cosines(a, b):
@@ -146,6 +171,20 @@ def test_labels_are_not_looked_at_and_there_is_no_place_for_a_foundation_model()
     names = set(inspect.signature(cropd.robust_autoencoder).parameters)
     names |= set(inspect.signature(training.train_step).parameters)
     assert not any(word in name for name in names for word in ("foundation", "classif", "head"))
+
+
+def test_the_real_autoencoder_learns_by_the_common_step():
+    model = models.autoencoder((8, 8, 1), widths=(8,), latent_channels=2, latent_norm=True)
+    images = RANDOM.random((BATCH, 8, 8, 1), dtype=np.float32)
+    optimizer = optax.adam(1e-2)
+    objective = cropd.robust_autoencoder(attacks.linf_pgd(0.1, steps=1), weights=ALL)
+    state = training.create_state(model, optimizer, jax.random.key(1), (8, 8, 1))
+    step = jax.jit(training.train_step(model, optimizer, objective))
+    seen = []
+    for _ in range(30):
+        state, metrics = step(state, {**BATCH_OF_8, "image": images})
+        seen.append(float(metrics["loss"]))
+    assert seen[-1] < seen[0] - 1
 
 
 def test_held_anchors_get_no_gradient_from_the_contrastive_term():

@@ -122,7 +122,7 @@ def test_cams_of_a_smaller_layer_come_in_the_images_size():
 def test_a_tap_without_positions_is_refused(cnn):
     with pytest.raises(ValueError, match="tap must have positions"):
         salience.grad_cam(cnn[0], X, LABELS, tap="logits")
-    with pytest.raises(ValueError, match="taps must be among conv1, conv2, logits"):
+    with pytest.raises(ValueError, match="taps must be among conv1, conv2, features, logits"):
         salience.grad_cam(cnn[0], X, LABELS, tap="conv9")
 
 

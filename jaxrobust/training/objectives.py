@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust import losses, parallel
@@ -252,7 +253,7 @@ def _cross_entropy_at_x_adv(label_smoothing):
     return loss
 
 
-def accuracy_of(logits: Array, labels: Array) -> dict[str, Array]:
+def accuracy_of(logits: Array, labels: ArrayLike) -> dict[str, Array]:
     """{"accuracy": share of this device's examples that are classified rightly}."""
     return {"accuracy": (logits.argmax(1) == labels).mean(dtype=jnp.float32)}
 
