@@ -43,12 +43,11 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def rows_of(record: dict) -> dict[tuple[str, str, float, str], list[dict]]:
-    """Cells by (model, threat, eps, method), one per seed, in the file's order."""
+def rows_of(record: dict, *fields: str) -> dict[tuple, list[dict]]:
+    """Metrics of the cells by these fields of their keys, one per seed, in the file's order."""
     rows = defaultdict(list)
     for cell in record["cells"]:
-        key = cell["key"]
-        rows[key["model"], key["threat"], key["eps"], key["method"]].append(cell["metrics"])
+        rows[tuple(cell["key"][name] for name in fields)].append(cell["metrics"])
     return rows
 
 
@@ -73,7 +72,7 @@ def training_table(path: Path) -> str:
         "seeds",
         "training, TFLOP",
     ]
-    rows = rows_of(record)
+    rows = rows_of(record, "model", "threat", "eps", "method")
     table = []
     for model in config["models"]:
         for threat, eps in config["threats"].items():
@@ -178,7 +177,7 @@ def accuracy_curves(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     record = read(path)
-    rows = rows_of(record)
+    rows = rows_of(record, "model", "threat", "eps", "method")
     panels = list(dict.fromkeys(key[:3] for key in rows))
     curve = f"curve_pgd{record['config']['curve_steps']}_accuracy"
     figure, axes = plt.subplots(

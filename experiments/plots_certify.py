@@ -1,13 +1,12 @@
 """Plot and table of the certification experiment, drawn from its results file."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from experiments import common
 from experiments.common import markdown
-from experiments.plots import read, spread
+from experiments.plots import read, rows_of, spread
 
 NAMES = {
     "standard": "Standard",
@@ -23,18 +22,10 @@ COLOURS = {
 }
 
 
-def rows_of(record: dict) -> dict[tuple[float, str], list[dict]]:
-    """Cells by (sigma, method), one per seed, in the file's order."""
-    rows = defaultdict(list)
-    for cell in record["cells"]:
-        rows[cell["key"]["sigma"], cell["key"]["method"]].append(cell["metrics"])
-    return rows
-
-
 def certified_table(path: Path) -> str:
     """The Markdown table of a results file: one row per sigma and method."""
     record = read(path)
-    config, rows = record["config"], rows_of(record)
+    config, rows = record["config"], rows_of(record, "sigma", "method")
     radii = [f"r {radius:g}" for radius in config["table_radii"]]
     header = ["sigma", "method", "clean %", *radii, "mean radius", "seeds", "training, TFLOP"]
     table = []
@@ -72,7 +63,7 @@ def certified_curves(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     record = read(path)
-    config, rows = record["config"], rows_of(record)
+    config, rows = record["config"], rows_of(record, "sigma", "method")
     sigmas = [sigma for sigma in config["sigmas"] if any(key[0] == sigma for key in rows)]
     figure, axes = plt.subplots(
         1,

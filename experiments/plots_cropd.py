@@ -1,35 +1,27 @@
 """Table and plot of the CRoPD experiment, drawn from its results file."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from experiments import common
 from experiments.common import markdown
-from experiments.plots import read, spread
+from experiments.plots import read, rows_of, spread
+from experiments.plots_sipat import eps_text
 
 COSTLY = ("alf", "aff")
-
-
-def rows_of(record: dict) -> dict[tuple[str, str], list[dict]]:
-    """Cells by (data set, method), one per seed, in the file's order."""
-    rows = defaultdict(list)
-    for cell in record["cells"]:
-        rows[cell["key"]["dataset"], cell["key"]["method"]].append(cell["metrics"])
-    return rows
 
 
 def table(path: Path) -> str:
     """The Markdown table: one row per data set and method, what was not run said so."""
     record = read(path)
-    config, rows = record["config"], rows_of(record)
+    config, rows = record["config"], rows_of(record, "dataset", "method")
     steps = config["pgd_steps"]
     parts = []
     for dataset, problem in config["problems"].items():
-        eps = f"{255 * problem['eps']:g}/255" if problem["eps"] < 0.1 else f"{problem['eps']:g}"
         header = [
-            f"{dataset}, linf {eps}", "clean %", f"PGD-{steps} %", "worst case %",
+            f"{dataset}, linf {eps_text(problem['eps'])}",
+            "clean %", f"PGD-{steps} %", "worst case %",
             "non-adaptive % (says nothing)", "alarms", "training TFLOP", "s", "ms, batch 1 / 64",
             "seeds",
         ]  # fmt: skip
@@ -66,7 +58,7 @@ def frontier(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     record = read(path)
-    config, rows = record["config"], rows_of(record)
+    config, rows = record["config"], rows_of(record, "dataset", "method")
     steps, names = config["pgd_steps"], list(config["problems"])
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
     for axis, dataset in zip(axes[0], names, strict=True):

@@ -1,13 +1,12 @@
 """Tables and plots of the SIP-AT experiment, drawn from its results file."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from experiments import common
 from experiments.common import markdown
-from experiments.plots import read, spread
+from experiments.plots import read, rows_of, spread
 
 # What a row is: its colour in the plots, by the beginning of its name.
 KINDS = {
@@ -35,18 +34,10 @@ def kind_of(method: str) -> tuple[str, str]:
     return KINDS[method.split("_")[0]]
 
 
-def rows_of(record: dict) -> dict[tuple[str, str], list[dict]]:
-    """Cells by (data set, method), one per seed, in the file's order."""
-    rows = defaultdict(list)
-    for cell in record["cells"]:
-        rows[cell["key"]["dataset"], cell["key"]["method"]].append(cell["metrics"])
-    return rows
-
-
 def table(path: Path) -> str:
     """The Markdown table of a results file: one row per data set and method."""
     record = read(path)
-    config, rows = record["config"], rows_of(record)
+    config, rows = record["config"], rows_of(record, "dataset", "method")
     parts = []
     for dataset, problem in config["problems"].items():
         grid = [eps_text(eps) for eps in problem["grid"]]
@@ -89,7 +80,7 @@ def eps_text(eps: float) -> str:
 def curves(path: Path) -> None:
     """Unmasked accuracy against eps, one panel per data set, mean over seeds."""
     record = read(path)
-    rows, panels = rows_of(record), list(record["config"]["problems"])
+    rows, panels = rows_of(record, "dataset", "method"), list(record["config"]["problems"])
     accuracy = f"pgd{record['config']['pgd_steps']}_accuracy"
     figure, axes = _figure(len(panels))
     for axis, dataset in zip(axes, panels, strict=True):
@@ -109,7 +100,7 @@ def curves(path: Path) -> None:
 def frontier(path: Path) -> None:
     """Clean against robust accuracy at the smallest and at the largest eps of the grid."""
     record = read(path)
-    rows, datasets = rows_of(record), list(record["config"]["problems"])
+    rows, datasets = rows_of(record, "dataset", "method"), list(record["config"]["problems"])
     accuracy = f"pgd{record['config']['pgd_steps']}_accuracy"
     figure, axes = _figure(2 * len(datasets))
     panels = [(dataset, at) for dataset in datasets for at in (0, -1)]
