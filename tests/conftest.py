@@ -21,3 +21,9 @@ install_import_hook("jaxrobust", "beartype.beartype")
 # `pytest --hypothesis-profile=default` draws new ones.
 hypothesis.settings.register_profile("same_cases", derandomize=True, database=None)
 hypothesis.settings.load_profile("same_cases")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: one that begins last would keep a single worker busy alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

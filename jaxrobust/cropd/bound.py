@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxrobust import losses
 from jaxrobust.attacks.inputs import check_labels, example_keys
-from jaxrobust.losses.contrastive import unit_rows
 from jaxrobust.models import Model
 
 
@@ -120,7 +119,7 @@ def _look(defended, variables, x, taps):
 def _terms(clean, adversarial, labels: Int[Array, " b"]):
     """[b] each: both losses, the cosine, and how far the features moved; in float64 at the end."""
     before, after = (losses.cross_entropy(logits, labels) for logits in (clean[0], adversarial[0]))
-    cosine = (unit_rows(clean[1]) * unit_rows(adversarial[1])).sum(1)
+    cosine = (losses.unit_rows(clean[1]) * losses.unit_rows(adversarial[1])).sum(1)
     moved = jnp.linalg.norm(adversarial[2] - clean[2], axis=1)
     return [np.asarray(values, np.float64) for values in (before, after, cosine, moved)]
 

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 
 from jaxrobust import losses
 from jaxrobust.attacks.inputs import check_number
-from jaxrobust.losses.contrastive import unit_rows
 from jaxrobust.training import Context, Objective
 from jaxrobust.training.objectives import Schedule, scaled_attack
 
@@ -109,58 +108,51 @@ class _Terms(NamedTuple):
         return self.weights.clean * error, {"squared_error": error.mean()}, stats
 
     def both(self, context, forward, images, x_adv, labels):
-        halves = jnp.concatenate([images, x_adv])
-        rebuilt, stats, taps = forward(halves, taps=("latent",))
-        clean, adversarial = jnp.split(_flat(taps["latent"]), 2)
-        clean_image, adversarial_image = jnp.split(rebuilt, 2)
+        rebuilt, stats, taps = forward(jnp.concatenate([images, x_adv]), taps=("latent",))
+        clean, code = jnp.split(_flat(taps["latent"]), 2)
+        clean_image, image = jnp.split(rebuilt, 2)
         error = _squared_error(clean_image, images)
-        anchor = clean if self.anchor_gradient == "both" else jax.lax.stop_gradient(clean)
         total = self.weights.clean * error
-        total += self.attacked(
-            adversarial_image, adversarial, images, anchor, context.axis_name, moved=clean
-        )
+        total += self.attacked(image, code, images, clean, context.axis_name)
         metrics = {
             "squared_error": error.mean(),
-            "cosine": (unit_rows(adversarial) * unit_rows(clean)).sum(1).mean(),
-            "displacement": _distance(adversarial, clean).mean(),
+            "cosine": _closeness(code, clean).mean(),
+            "displacement": losses.squared_error(code, clean).mean(),
         }
         if self.form != "alignment" and self.weights.contrast:
-            crowd = self._uniformity(clean, context.axis_name)
+            crowd = losses.uniformity(
+                clean, temperature=self.temperature, axis_name=context.axis_name
+            )
             metrics["uniformity"] = crowd.mean()
             if self.form == "reported":
                 total += self.weights.contrast * crowd
         return total, metrics, stats
 
-    def attacked(self, image, code, images, anchor, axis_name, moved=None):
-        """What an attack raises: all terms with x' in them.
+    def attacked(self, image, code, images, clean, axis_name):
+        """[b] all terms with x' in them: what the attack raises and the loss adds up.
 
         Args:
             image: [b, h, w, c] rebuilt from the attacked code.
             code: [b, d] of x'.
-            images: x.
-            anchor: [b, d] codes of x, for the contrastive term.
-            axis_name: where InfoNCE's candidates are gathered.
-            moved: [b, d] codes of x for the displacement; the anchors by default.
+            images: [b, h, w, c] x.
+            clean: [b, d] code of x.
+            axis_name: the mesh axis over which InfoNCE gathers its candidates.
         """
-        weights = self.weights
+        weights, form = self.weights, self.form
+        anchor = clean if self.anchor_gradient == "both" else jax.lax.stop_gradient(clean)
         total = jnp.zeros(len(code), code.dtype)
-        if weights.contrast and self.form == "info_nce":
+        if weights.contrast and form == "info_nce":
             total += weights.contrast * losses.info_nce(
                 code, anchor, temperature=self.temperature, axis_name=axis_name
             )
         elif weights.contrast:
-            away = 1 - (unit_rows(code) * unit_rows(anchor)).sum(1)
-            # The reported form has no 1: a constant, left out where values are compared.
-            away = away - 1 if self.form == "reported" else away
-            total += weights.contrast * away / self.temperature
+            most = 1.0 if form == "alignment" else 0.0
+            total += weights.contrast * (most - _closeness(code, anchor)) / self.temperature
         if weights.denoising:
             total += weights.denoising * _squared_error(image, images)
         if weights.displacement:
-            total += weights.displacement * _distance(code, anchor if moved is None else moved)
+            total += weights.displacement * losses.squared_error(code, clean)
         return total
-
-    def _uniformity(self, clean, axis_name):
-        return losses.uniformity(clean, temperature=self.temperature, axis_name=axis_name)
 
 
 def _flat(code: Float[Array, "b ..."]) -> Float[Array, "b d"]:
@@ -172,8 +164,9 @@ def _squared_error(image: Float[Array, "b ..."], target: Float[Array, "b ..."]):
     return losses.squared_error(image, target) * target[0].size
 
 
-def _distance(code: Float[Array, "b d"], other: Float[Array, "b d"]) -> Float[Array, " b"]:
-    return losses.squared_error(code, other)
+def _closeness(code: Float[Array, "b d"], other: Float[Array, "b d"]) -> Float[Array, " b"]:
+    """[b] cosines."""
+    return (losses.unit_rows(code) * losses.unit_rows(other)).sum(1)
 
 
 def _check(attack, weights, form, temperature, anchor_gradient):
