@@ -193,7 +193,7 @@ def evaluate(key: dict, config: Config, world: World, options, built: Built) -> 
         batch_size=max(config.batch // len(grid), 1), progress="PGD",
     )  # fmt: skip
     bare = build({**key, "method": "none"}, config, world, options)
-    loss_fn = LossOf(bare.model.apply)
+    loss_fn = jr.evaluation.LossOfModel(bare.model.apply)
     blind = in_batches(
         lambda x, y, keys: attack(loss_fn, x, keys, args=(bare.variables, y)), test, config, 18
     )
@@ -274,7 +274,7 @@ def adaptive(config, world, options, key, built, bare, attack, few):
     for number, (name, source) in enumerate(sources.items()):
         if name == key["method"]:
             continue
-        loss_fn = LossOf(source.model.apply)
+        loss_fn = jr.evaluation.LossOfModel(source.model.apply)
         yield f"transfer from {name}", in_batches(
             lambda x, y, keys, loss_fn=loss_fn, source=source: attack(
                 loss_fn, x, keys, args=(source.variables, y)
@@ -297,16 +297,6 @@ def other_class(labels: np.ndarray) -> np.ndarray:
         [next((i + k) % count for k in range(1, count) if labels[(i + k) % count] != labels[i])
          for i in range(count)]
     )  # fmt: skip
-
-
-class LossOf(NamedTuple):
-    """Cross entropy of a model, as attacks call it."""
-
-    apply: Any
-
-    def __call__(self, x, variables, labels):
-        """One number per example."""
-        return jr.losses.cross_entropy(self.apply(variables, x), labels)
 
 
 class Encoder(NamedTuple):

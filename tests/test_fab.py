@@ -54,14 +54,17 @@ def test_inside_eps_it_stops_at_the_first_success_and_else_returns_the_image():
 
 
 def test_more_targets_never_make_the_smallest_perturbation_larger():
+    # So many that both runs fill whole batches: those of another size round differently, and a
+    # walk along the boundary remembers it.
+    rows = np.resize(np.arange(len(X)), 200)
+    x, labels = X[rows], LABELS[rows]
     one, all_ = (
         balls.norms(
-            attacks.fab_t("linf", targets=n, steps=15)(logits_fn, X, LABELS, KEY) - X, "linf"
+            attacks.fab_t("linf", targets=n, steps=15)(logits_fn, x, labels, KEY) - x, "linf"
         )
         for n in (1, 4)
     )
-    # Batches of another size round differently, and a walk along the boundary remembers it.
-    assert (all_ <= 1.01 * one).all()
+    assert (all_ <= one + 1e-7).all()
     assert (all_ < one - 1e-4).any()
 
 

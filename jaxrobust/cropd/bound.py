@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxrobust import losses
 from jaxrobust.attacks.inputs import check_labels, example_keys
+from jaxrobust.evaluation import LossOfModel
 from jaxrobust.models import Model
+from jaxrobust.models.defended import flat
 
 
 class BoundReport(NamedTuple):
@@ -89,7 +91,7 @@ def bound_report(
     labels = np.asarray(check_labels(labels, len(images), config["head"]))
     keys = example_keys(key, len(images))
     look = jax.jit(lambda variables, x: _look(defended, variables, x, taps))
-    loss_fn = _Loss(defended.apply)
+    loss_fn = LossOfModel(defended.apply)
     parts = []
     for start in range(0, len(images), batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
@@ -112,8 +114,7 @@ def bound_report(
 def _look(defended, variables, x, taps):
     logits, values = defended.apply(variables, x, taps=taps)
     code, features = (values[tap] for tap in taps)
-    features = features.mean((1, 2)) if features.ndim == 4 else features.reshape(len(x), -1)
-    return logits, code.reshape(len(x), -1), features
+    return logits, code.reshape(len(x), -1), flat(features)
 
 
 def _terms(clean, adversarial, labels: Int[Array, " b"]):
@@ -122,12 +123,3 @@ def _terms(clean, adversarial, labels: Int[Array, " b"]):
     cosine = (losses.unit_rows(clean[1]) * losses.unit_rows(adversarial[1])).sum(1)
     moved = jnp.linalg.norm(adversarial[2] - clean[2], axis=1)
     return [np.asarray(values, np.float64) for values in (before, after, cosine, moved)]
-
-
-class _Loss(NamedTuple):
-    """Cross entropy of a model, as attacks call it; equal for equal models."""
-
-    apply: Any
-
-    def __call__(self, x, variables, labels):
-        return losses.cross_entropy(self.apply(variables, x), labels)

@@ -1,6 +1,6 @@
 """Robust evaluation."""
 
-from jaxrobust.evaluation.accuracy import accuracy_curve, correct
+from jaxrobust.evaluation.accuracy import LossOfModel, accuracy_curve, correct
 from jaxrobust.evaluation.auto_attack import AutoAttackResult, auto_attack, suite
 from jaxrobust.evaluation.checks import Check
 from jaxrobust.evaluation.corrupted import corruption_accuracy
@@ -11,6 +11,7 @@ from jaxrobust.evaluation.report import Report, ThreatReport
 __all__ = [
     "AutoAttackResult",
     "Check",
+    "LossOfModel",
     "Report",
     "ThreatReport",
     "accuracy_curve",

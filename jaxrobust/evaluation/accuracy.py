@@ -59,7 +59,7 @@ def correct(
     if mask is not None and np.shape(mask)[:3] != images.shape[:3]:
         raise ValueError(f"mask must be [n, h, w, 1] of {images.shape}, got {np.shape(mask)}")
     batch_size = _batch_size(batch_size, count, mesh.size if mesh else 1)
-    objective = _LossOfModel(apply, loss)
+    objective = LossOfModel(apply, loss)
     keys = None if attack is None else example_keys(key, count)
     place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
     right = []
@@ -124,7 +124,7 @@ def accuracy_curve(
 
 @jax.jit(static_argnums=0)
 def _correct_at_each(apply, attack, radii, variables, images, labels, keys):
-    objective = _LossOfModel(apply, losses.cross_entropy)
+    objective = LossOfModel(apply)
 
     def at(radius):
         x = dataclasses.replace(attack, eps=radius)(
@@ -152,13 +152,19 @@ class AsApply:
 
 
 @dataclasses.dataclass(frozen=True)
-class _LossOfModel:
-    """Hashable, so that the attack compiles once per model and not once per call."""
+class LossOfModel:
+    """What an attack on a model raises; hashable, so that it compiles once per model.
+
+    Attributes:
+        apply: (variables, x) -> [b, classes] logits.
+        loss: (logits, labels) -> [b].
+    """
 
     apply: Apply
-    loss: Callable[..., jax.Array]
+    loss: Callable[..., jax.Array] = losses.cross_entropy
 
-    def __call__(self, x, variables, labels):
+    def __call__(self, x: jax.Array, variables: Any, labels: jax.Array) -> jax.Array:
+        """Losses [b] to raise."""
         return self.loss(self.apply(variables, x), labels)
 
 

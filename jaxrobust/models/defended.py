@@ -124,7 +124,7 @@ class Features(NamedTuple):
         """The features of x: [b, h, w, c] images in [0, 1]."""
         parts = self.defended.apply.args[0]._replace(head=None)
         tap = f"foundation.{parts.tap}"
-        return _flat(_apply(parts, variables, x, (tap,))[1][tap])
+        return flat(_apply(parts, variables, x, (tap,))[1][tap])
 
     def __hash__(self) -> int:
         """By the function that the model is."""
@@ -161,10 +161,11 @@ def _init(parts: _Parts, key: Array, shape: Sequence[int]) -> dict:
 
 
 def _features(parts: _Parts, variables: Variables, x: Float[Array, "b h w c"]) -> Array:
-    return _flat(parts.foundation.apply(variables, x, taps=(parts.tap,))[1][parts.tap])
+    return flat(parts.foundation.apply(variables, x, taps=(parts.tap,))[1][parts.tap])
 
 
-def _flat(features: Array) -> Float[Array, "b d"]:
+def flat(features: Array) -> Float[Array, "b d"]:
+    """Features as a head takes them: averaged over pixels, if they have any."""
     return features.mean((1, 2)) if features.ndim == 4 else features.reshape(len(features), -1)
 
 
@@ -239,7 +240,7 @@ def _compose(
             raise ValueError("variables must hold a head: models.join(..., head=...)")
         own = variables["params"][_HEAD]
         own = jax.lax.stop_gradient(own) if _HEAD in parts.frozen else own
-        logits = _flat(found[parts.tap]) @ own["kernel"] + own["bias"]
+        logits = flat(found[parts.tap]) @ own["kernel"] + own["bias"]
     for name in taps:
         check_choice("taps", name, tuple(values))
     return logits, {name: values[name] for name in taps}
