@@ -1,5 +1,6 @@
 """Eight fake devices, run-time shape checks, and warnings as errors for every test."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -7,8 +8,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+from pathlib import Path
+
 import hypothesis
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrobust/xla"))
@@ -27,3 +31,17 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: one that begins last would keep a single worker busy alone."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_mappings():
+    """Drop compiled programs after a file, before a process has more than Linux lets it map.
+
+    Each program holds several mappings. At `vm.max_map_count`, 65,530 unless set higher, the
+    compiler's next allocation fails and the process dies of a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 15_000:
+        jax.clear_caches()
+        gc.collect()
