@@ -383,19 +383,11 @@ def keys(config: Config) -> list[dict]:
     ]
 
 
-def first(dataset, count):
-    """The first `count` examples of a split, whose order is mixed and fixed."""
-    if count is None or count >= len(dataset.labels):
-        return dataset
-    parts = (dataset.images[:count], dataset.labels[:count], dataset.indices[:count])
-    return dataset._replace(images=parts[0], labels=parts[1], indices=parts[2])
-
-
 def load(config: Config) -> dict[str, Any]:
     """The splits that the configuration names."""
     sets = {
-        "train": first(jr.data.load(config.dataset, config.train_split), config.train_images),
-        "test": first(jr.data.load(config.dataset, "test"), config.test_images),
+        "train": jr.data.load(config.dataset, config.train_split).take(slice(config.train_images)),
+        "test": jr.data.load(config.dataset, "test").take(slice(config.test_images)),
     }
     if config.validation_split:
         sets["validation"] = jr.data.load(config.dataset, config.validation_split)

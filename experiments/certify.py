@@ -61,7 +61,7 @@ class Config:
     eps_warmup: float = 0.3
     save_every: float = 30.0  # seconds between checkpoints
     # Certification
-    test_images: int = 1000
+    test_images: int = 500  # as many as Cohen et al. certify
     samples0: int = 100
     samples: int = 10_000
     alpha: float = 0.001
@@ -84,7 +84,7 @@ PRESETS = {
         radii=(0.0, 0.25, 0.5, 0.75, 1.0),
         table_radii=(0.0, 0.5, 1.0),
     ),
-    "quick": Config(sigmas=(0.5,), seeds=(0,), test_images=500, samples=5_000, block=125),
+    "quick": Config(sigmas=(0.5,), seeds=(0,), samples=5_000, block=125),
     "laptop": Config(),
     # Networks, schedules and numbers of the papers: ResNet-110 is a PreActResNet-18 here.
     "paper": Config(

@@ -8,12 +8,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxrobust import evaluation, parallel
 from jaxrobust.checkpoint import atomic_write
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PACKAGES = ("jaxrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Fields of a cell that may differ between two runs of the same command.
-TIMES = ("seconds", "train_seconds", "attack_seconds", "certify_seconds")
+TIMES = ("seconds", "train_seconds", "attack_seconds", "certify_seconds", "salience_seconds")
 
 
 def arguments(
@@ -188,6 +189,17 @@ def once(path: Path, make: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     make(temporary)
     os.replace(temporary, path)
+
+
+def packed(outcomes: np.ndarray) -> list[str]:
+    """Rows of yes or no, [rows, n], in hexadecimal: paired tests need each image's outcome."""
+    return [np.packbits(row).tobytes().hex() for row in np.asarray(outcomes, bool)]
+
+
+def unpacked(rows: Sequence[str], count: int) -> np.ndarray:
+    """[rows, count] bool, as they were given to `packed`."""
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(row), np.uint8))[:count] for row in rows]
+    return np.asarray(bits, bool)
 
 
 def percent(value: float, digits: int = 1) -> str:

@@ -213,7 +213,7 @@ def evaluate(key: dict, config: Config, world: World, options, built: Built) -> 
 def worst_case(key, config, world, options, built, bare, attack) -> dict[str, Any]:
     """The standard suite and every attack that knows the defence, per-example worst case."""
     model, variables, _ = built
-    few = first(world.test, config.suite_images)
+    few = world.test.take(slice(config.suite_images))
     logits_fn, eps = common.LogitsOf(model.apply), world.problem.eps
     report = jr.evaluate(
         logits_fn, few.images, few.labels, threats={"linf": eps}, key=jax.random.key(19),
@@ -351,16 +351,6 @@ def latency(model, variables, images, config: Config) -> dict[str, float]:
 # ---- the table ----------------------------------------------------------------------------------
 
 
-def first(examples: jr.data.Dataset, count: int) -> jr.data.Dataset:
-    """The first examples of a set."""
-    kept = {
-        name: value[:count]
-        for name, value in examples._asdict().items()
-        if isinstance(value, np.ndarray)
-    }
-    return examples._replace(**kept)
-
-
 def world_of(problem: Problem, config: Config) -> World:
     """Data and foundation model of a problem."""
     train, test = (jr.data.load(problem.dataset, split) for split in ("train", "test"))
@@ -368,19 +358,17 @@ def world_of(problem: Problem, config: Config) -> World:
         train, test = (subset(part, problem.classes) for part in (train, test))
     foundation, published = models.load_efficientnet_lite0()
     return World(
-        problem, first(train, problem.train_images), first(test, config.test_images), foundation,
-        published, (config.side, config.side, 3),
+        problem, train.take(slice(problem.train_images)), test.take(slice(config.test_images)),
+        foundation, published, (config.side, config.side, 3),
     )  # fmt: skip
 
 
 def subset(examples: jr.data.Dataset, classes: tuple[int, ...]) -> jr.data.Dataset:
     """The examples of some classes, renumbered in their order."""
-    rows = np.flatnonzero(np.isin(examples.labels, classes))
+    kept = examples.take(np.flatnonzero(np.isin(examples.labels, classes)))
     places = {label: place for place, label in enumerate(classes)}
-    return examples._replace(
-        images=examples.images[rows],
-        labels=np.array([places[label] for label in examples.labels[rows]], np.int32),
-        indices=examples.indices[rows],
+    return kept._replace(
+        labels=np.array([places[label] for label in kept.labels], np.int32),
         class_names=tuple(examples.class_names[label] for label in classes),
     )
 

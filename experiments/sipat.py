@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 import jaxrobust as jr
 from experiments import common, plots_sipat
-from experiments.adversarial_training import first
 from experiments.sipat_settings import PRESETS, Config, Method, Problem
 from jaxrobust import salience, sipat, training
 
@@ -35,24 +34,24 @@ NAME = "sipat"
 
 def weights(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.Model, dict, dict]:
     """The cell's network, trained if it is not there: (model, variables, what that took)."""
-    problem, method = config.problems[key["dataset"]], config.methods[key["method"]]
-    model = sets[key["dataset"]]["model"]
+    method, model = config.methods[key["method"]], sets[key["dataset"]]["model"]
     path = common.run_folder(options, config, key) / "weights.safetensors"
     taken = {}
     if not path.exists():
         train_set, taken = annotated(key, config, sets, options)
-        fitted = train(key, config, model, train_set, path.parent, options)
+        area = area_of(key, config, sets, options)
+        fitted = train(key, config, model, train_set, area, path.parent, options)
         jr.checkpoint.save_weights(path, jax.tree.map(np.asarray, fitted.variables))
         taken |= {"train_seconds": round(fitted.seconds, 2)}
     variables = {"batch_stats": {}, **jr.checkpoint.load_weights(path)}
-    return model, variables, {**taken, "spared_area": spared_area(method, problem)}
+    return model, variables, {**taken, "spared_area": spared_area(method)}
 
 
-def train(key, config, model, train_set, directory, options) -> training.Fitted:
-    """Trains one network on a set that carries its maps."""
+def train(key, config, model, train_set, area, directory, options) -> training.Fitted:
+    """Trains one network on a set that carries its maps, or the scores that `area` selects from."""
     problem, method = config.problems[key["dataset"]], config.methods[key["method"]]
     steps = problem.epochs * jr.data.steps_per_epoch(train_set, problem.batch_size)
-    objective = objective_of(method, problem, config, steps)
+    objective = objective_of(method, problem, config, steps, area)
     peak = problem.standard_rate if method.loss == "standard" else problem.rate
     rate = training.learning_rate("cosine", peak, steps, warmup=0.1)
     decay = {"weight_decay": problem.weight_decay}
@@ -74,8 +73,8 @@ def train(key, config, model, train_set, directory, options) -> training.Fitted:
     )  # fmt: skip
 
 
-def objective_of(method: Method, problem: Problem, config: Config, steps: int):
-    """The method's loss, made to spare what its maps say."""
+def objective_of(method: Method, problem: Problem, config: Config, steps: int, area=None):
+    """The method's loss, made to spare what its maps say, or `area` of what its scores say."""
     if method.loss == "standard":
         return training.standard()
     attack = jr.linf_pgd(method.eps_share * problem.eps, steps=config.attack_steps)
@@ -84,7 +83,30 @@ def objective_of(method: Method, problem: Problem, config: Config, steps: int):
     objective = losses[method.loss](attack, eps_schedule=ramp)
     if method.source is None:
         return objective
-    return sipat.salience_preserving(objective, sipat.Masking(**method.masking))
+    if method.end_area is not None:
+        area = optax.linear_schedule(method.area, method.end_area, steps)
+    return sipat.salience_preserving(objective, sipat.Masking(**method.masking), area=area)
+
+
+def area_of(key: dict, config: Config, sets: dict, options) -> np.ndarray | None:
+    """A share for each class, where the method asks for it.
+
+    It is in proportion to how often the adversarially trained network fails on the class under the
+    training's attack, with the method's area as the mean over the images.
+    """
+    problem, method = config.problems[key["dataset"]], config.methods[key["method"]]
+    if not method.per_class:
+        return None
+    train_set = sets[key["dataset"]]["train"]
+    model, variables, _ = weights({**key, "method": "at"}, config, sets, options)
+    attack = jr.linf_pgd(problem.eps, steps=config.attack_steps)
+    images, labels = train_set.images, np.asarray(train_set.labels)
+    right = jr.evaluation.accuracy_curve(
+        model.apply, variables, images, labels, attack, (problem.eps,), key=jax.random.key(16)
+    )[0]
+    classes = int(labels.max()) + 1
+    failing = np.array([1 - right[labels == c].mean() for c in range(classes)]) + 1e-6
+    return np.clip(method.area * failing / failing[labels].mean(), 0, 1).astype(np.float32)
 
 
 # ---- salience -----------------------------------------------------------------------------------
@@ -130,25 +152,28 @@ def scores_of(key, method, config, sets, options, split) -> np.ndarray:
 
 
 def maps_of(method: Method, scores: np.ndarray, seed: int) -> np.ndarray:
-    """The map that a method trains with."""
+    """The map that a method trains with, or the scores that its step selects from."""
+    ranked = -scores if method.control == "least" else scores
     if method.source == "human":
         maps = scores
-    elif method.control == "least":
-        maps = salience.least_salient(scores, method.area)
+    elif method.varies:
+        maps = salience.soft(ranked)
     elif method.masking.get("mode") == "soft":
-        maps = salience.rank_map(scores, method.area)
+        maps = salience.rank_map(ranked, method.area)
     else:
-        maps = salience.top_fraction(scores, method.area)
+        maps = salience.top_fraction(ranked, method.area)
     if method.control == "shuffled":
         maps = salience.shuffled(jax.random.key(1000 + seed), maps)
     return np.asarray(maps, np.float32)
 
 
-def spared_area(method: Method, problem: Problem) -> float | None:
-    """The share of the pixels that is spared; people's maps differ, and say it in training."""
+def spared_area(method: Method) -> float | None:
+    """The mean share of the pixels that is spared, None where it is people's maps that say it."""
     if method.source is None:
         return 0.0
-    return None if method.source == "human" else method.area
+    if method.source == "human":
+        return None
+    return method.area if method.end_area is None else (method.area + method.end_area) / 2
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
@@ -182,6 +207,8 @@ def evaluate(key, config, sets, options, model, variables) -> dict[str, Any]:
         "clean_accuracy": float(curve[0].mean()),
         "grid": list(problem.grid),
         f"pgd{config.pgd_steps}_accuracy": [float(part) for part in curve[1:].mean(1)],
+        "images": len(labels),
+        "outcomes": common.packed(curve),  # clean, then over the grid
         **regions,
         **(suite(key, config, test, model, variables) if key["method"] in config.suite else {}),
     }
@@ -229,8 +256,8 @@ def load(config: Config) -> dict[str, dict[str, Any]]:
     """Training and test images of every problem, and its network, which all its cells share."""
     return {
         name: {
-            "train": first(jr.data.load(p.dataset, p.train_split), config.train_images),
-            "test": first(jr.data.load(p.dataset, "test"), config.test_images),
+            "train": jr.data.load(p.dataset, p.train_split).take(slice(config.train_images)),
+            "test": jr.data.load(p.dataset, "test").take(slice(config.test_images)),
             "model": jr.models.build(**p.model),
         }
         for name, p in config.problems.items()
@@ -263,6 +290,7 @@ def main(config: Config, options) -> None:
     plots_sipat.curves(path)
     plots_sipat.frontier(path)
     print(plots_sipat.table(path))
+    print(plots_sipat.verdict(path))
     print(f"results: {path}")
 
 

@@ -12,10 +12,17 @@ class Method:
     loss: str = "at"  # or "standard", "trades", "mart"
     source: str | None = None  # of the scores; None spares nothing
     area: float = 0.2  # share of the pixels that is spared; people's maps have their own
+    end_area: float | None = None  # what the area changes to, linearly, until training ends
+    per_class: bool = False  # the more, the more often the AT network fails on the class
     control: str | None = None  # "shuffled", "least": as many pixels, other ones
     teacher: str = "standard"  # the method whose network the scores explain
     masking: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eps_share: float = 1.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether the training step selects the area, from scores."""
+        return self.per_class or self.end_area is not None
 
 
 def controlled(area: float) -> dict[str, Method]:
@@ -28,6 +35,7 @@ def controlled(area: float) -> dict[str, Method]:
     }
 
 
+HALF_OUTSIDE = {"salient": 1.0, "background": 0.5}
 METHODS = {
     "standard": Method(loss="standard"),
     "at": Method(),
@@ -50,8 +58,17 @@ METHODS = {
     "sip_human": Method(source="human"),
     "random_human": Method(source="human", control="shuffled"),
     "sip_trades_20": Method(source="gradient", loss="trades"),
-    "part_20": Method(source="grad_cam", masking={"salient": 1.0, "background": 0.875}),
     "half_eps_20": Method(source="gradient", masking={"salient": 0.5}),
+    "sip_falling_50": Method(source="gradient", area=0.5, end_area=0.0),
+    "random_falling_50": Method(source="gradient", area=0.5, end_area=0.0, control="shuffled"),
+    "sip_per_class_20": Method(source="gradient", per_class=True),
+    "random_per_class_20": Method(source="gradient", per_class=True, control="shuffled"),
+    # The opposite choice: the object keeps its eps, what surrounds it has less, or none.
+    "part_20": Method(source="grad_cam", masking={"salient": 1.0, "background": 0.875}),
+    "part_human": Method(source="human", masking=HALF_OUTSIDE),
+    "random_part_human": Method(source="human", control="shuffled", masking=HALF_OUTSIDE),
+    "inverted_human": Method(source="human", masking={"invert": True}),
+    "random_inverted_human": Method(source="human", control="shuffled", masking={"invert": True}),
 }
 
 
@@ -84,11 +101,12 @@ PROBLEMS = {
     "cutouts": Problem(
         dataset="cutouts",
         model={
-            "name": "small_cnn", "channels": (32, 64, 128), "strides": (1, 2, 2), "kernel": 3,
+            "name": "small_cnn", "channels": (32, 64, 64), "strides": (2, 2, 1), "kernel": 3,
             "dense": (128,), "classes": 8,
         },
         tap="conv3", eps=8 / 255, grid=tuple(k / 255 for k in (1, 2, 4, 8)),
-        suite_eps=(2 / 255, 8 / 255), rate=3e-3, standard_rate=2e-3, shift=2,
+        suite_eps=(2 / 255, 8 / 255), epochs=12, rate=3e-3,
+        standard_rate=2e-3, shift=2, flip=True,
     ),
 }  # fmt: skip
 CIFAR = Problem(
@@ -124,7 +142,13 @@ FEW = ("standard", "at", "at_eps_67", "sip_gradient_20", "random_20", "least_20"
 PRESETS = {
     "smoke": Config(
         problems={"mnist5k": dataclasses.replace(PROBLEMS["mnist5k"], epochs=1)},
-        methods={n: METHODS[n] for n in ("standard", "at", "sip_gradient_20", "random_20")},
+        methods={
+            name: METHODS[name]
+            for name in (
+                "standard", "at", "sip_gradient_20", "random_20", "sip_per_class_20",
+                "random_falling_50",
+            )
+        },
         seeds=(0,), train_images=200, attack_steps=1, save_every=0.5, test_images=32, pgd_steps=2,
         suite=(),
     ),

@@ -262,3 +262,17 @@ def test_photographs_can_be_resized_and_unknown_sets_are_refused():
         foolbox_photos("coco")
     with pytest.raises(ValueError, match="size must be >= 1 pixel, got 0"):
         foolbox_photos("mnist", size=0)
+
+
+@pytest.mark.parametrize("rows", [slice(3), np.array([4, 0])])
+def test_taken_examples_keep_all_that_is_theirs(rows):
+    rng = np.random.default_rng(0)
+    whole = dataset_module.Dataset(
+        rng.random((5, 4, 4, 3), np.float32), np.arange(5, dtype=np.int32),
+        np.arange(10, 15, dtype=np.int32), ("a", "b"), rng.random((5, 4, 4, 1), np.float32),
+    )  # fmt: skip
+    part = whole.take(rows)
+    assert part.class_names == whole.class_names
+    for name in ("images", "labels", "indices", "salience"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
+    assert whole._replace(salience=None).take(rows).salience is None

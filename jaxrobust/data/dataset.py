@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -34,6 +34,15 @@ class Dataset(NamedTuple):
     indices: Int[np.ndarray, "n"]
     class_names: tuple[str, ...]
     salience: Float[np.ndarray, "n h w 1"] | None = None
+
+    def take(self, rows: Any) -> "Dataset":
+        """The examples at `rows`, a slice or an index array, with everything that is theirs."""
+        return self._replace(
+            images=self.images[rows],
+            labels=self.labels[rows],
+            indices=self.indices[rows],
+            salience=None if self.salience is None else self.salience[rows],
+        )
 
 
 class Examples(NamedTuple):
