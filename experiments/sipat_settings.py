@@ -131,7 +131,7 @@ class Config:
     save_every: float = 30.0
     test_images: int = 1000
     pgd_steps: int = 50
-    suite_images: int = 300
+    suite_images: int = 200
     # Rows that the suite judges: the frontier's ends and every control.
     suite: tuple[str, ...] = (
         "at", "at_eps_67", "sip_gradient_20", "random_20", "least_20", "inverted_20", "sip_human",
