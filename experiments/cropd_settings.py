@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from jaxrobust import data, models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,7 @@ class Method:
     displacement: float = 0.0
     temperature: float = 0.5
     latent_channels: int | None = None  # None is the problem's own
+    sigma: float | None = None  # a denoiser's noise, whose smoothing is certified then
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -31,6 +34,7 @@ METHODS = {
     "alignment": Method(contrast=10.0, form="alignment"),
     "adversarial_reconstruction": Method(clean=0.0, denoising=1.0),
     "recommended": Method(clean=0.0, denoising=1.0, contrast=10.0, form="alignment"),
+    "denoised_smoothing": Method(kind="denoiser", sigma=0.12),
     "jpeg": Method(kind="jpeg", options={"quality": 50}),
     "total_variation": Method(kind="total_variation", options={"weight": 0.1}),
     "alf": Method(kind="alf"),
@@ -96,15 +100,19 @@ class Config:
     noise_per_eps: float = 2.0  # the denoiser's sigma in units of eps
     ema_decay: float = 0.99
     # Its rivals
-    rival_epochs: int = 8
+    rival_epochs: int = 20
+    patience: int = 4
     rival_rate: float = 1e-3
     rival_steps: int = 10
     # Heads and evaluation
     decay: float = 1e-2
     test_images: int = 600
+    attacked_images: int = 200  # the first of them; attacks, the suite and certificates see these
     pgd_steps: int = 50
-    suite_images: int = 200
+    certify_samples: int = 1000
     queries: int = 1000
+    suite_steps: int = 100
+    suite_targets: int = 9
     batch: int = 50
     latency_repeats: int = 20
     save_every: float = 30.0
@@ -117,13 +125,15 @@ PRESETS = {
             "cutouts": dataclasses.replace(PROBLEMS["cutouts"], train_images=60, widths=(8,))
         },
         methods={name: METHODS[name] for name in ("none", "recommended")},
-        final=(), seeds=(0,), side=32, epochs=1, attack_steps=1, rival_epochs=1, test_images=16,
-        pgd_steps=2, suite_images=8, latency_repeats=2, batch=16,
+        final=("recommended",), seeds=(0,), side=32, epochs=1, attack_steps=1, rival_epochs=1,
+        test_images=16, attacked_images=8, queries=10, suite_steps=2, suite_targets=1,
+        pgd_steps=2, certify_samples=20, latency_repeats=2, batch=16,
     ),
     "quick": Config(
         problems={"cutouts": dataclasses.replace(PROBLEMS["cutouts"], train_images=1000)},
         methods={name: METHODS[name] for name in QUICK},
-        final=(), seeds=(0,), side=64, epochs=15, test_images=200, pgd_steps=20,
+        final=(), seeds=(0,), side=64, epochs=15, test_images=200, attacked_images=100,
+        pgd_steps=20,
     ),
     "laptop": Config(),
     "paper": Config(
@@ -142,6 +152,31 @@ PRESETS = {
             ),
         },
         side=224, epochs=100, batch_size=512, rate=1e-3, attack_steps=10, ema_decay=0.999,
-        rival_epochs=30, test_images=10_000, suite_images=1000, queries=5000, batch=250,
+        rival_epochs=30, test_images=10_000, attacked_images=1000, certify_samples=10_000,
+        queries=5000, batch=250,
     ),
 }  # fmt: skip
+
+
+class World(NamedTuple):
+    """A downstream set and the foundation model that all its cells share."""
+
+    problem: Problem
+    train: data.Dataset
+    test: data.Dataset
+    foundation: models.Model
+    published: dict
+    size: tuple[int, int, int]
+
+    @property
+    def classes(self) -> int:
+        """How many classes the head has."""
+        return len(self.train.class_names)
+
+
+class Built(NamedTuple):
+    """A defended model with its variables, and what its training took."""
+
+    model: models.Model
+    variables: dict
+    costs: dict[str, Any]

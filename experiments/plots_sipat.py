@@ -135,7 +135,7 @@ def curves(path: Path) -> None:
     record = read(path)
     rows, panels = rows_of(record, "dataset", "method"), list(record["config"]["problems"])
     accuracy = f"pgd{record['config']['pgd_steps']}_accuracy"
-    figure, axes = _figure(len(panels))
+    figure, axes = panels(len(panels))
     for axis, dataset in zip(axes, panels, strict=True):
         for (where, method), cells in rows.items():
             if where != dataset:
@@ -155,9 +155,9 @@ def frontier(path: Path) -> None:
     record = read(path)
     rows, datasets = rows_of(record, "dataset", "method"), list(record["config"]["problems"])
     accuracy = f"pgd{record['config']['pgd_steps']}_accuracy"
-    figure, axes = _figure(2 * len(datasets))
-    panels = [(dataset, at) for dataset in datasets for at in (0, -1)]
-    for axis, (dataset, at) in zip(axes, panels, strict=True):
+    figure, axes = panels(2 * len(datasets))
+    places = [(dataset, at) for dataset in datasets for at in (0, -1)]
+    for axis, (dataset, at) in zip(axes, places, strict=True):
         eps = record["config"]["problems"][dataset]["grid"][at]
         for (where, method), cells in rows.items():
             if where != dataset or method == "standard":
@@ -220,7 +220,8 @@ def _error(values):
     return values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _figure(count):
+def panels(count: int):
+    """A figure with some axes in a row."""
     from matplotlib.figure import Figure
 
     figure = Figure((4.8 * count, 3.8), layout="constrained")

@@ -19,6 +19,7 @@ from experiments import (
     common,
     plots,
     plots_certify,
+    plots_cropd,
     plots_sipat,
 )
 from jaxrobust.checkpoint import atomic_write
@@ -34,6 +35,7 @@ MAKERS = {
     "bench_minimal": bench_minimal.table,
     "autoattack_benchmark": autoattack_benchmark.table,
     "certify": plots_certify.certified_table,
+    "cropd": plots_cropd.table,
     "sipat": plots_sipat.table,
 }
 
