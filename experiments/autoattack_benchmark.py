@@ -105,7 +105,7 @@ def cell(key: dict, config: Config, sets: dict, options) -> dict[str, Any]:
         args=(placed,),
         card_images=config.card_images,
         curve_images=config.card_images,
-        batch_size=min(config.batch_size, 32) if key["method"] == PHOTOS else config.batch_size,
+        batch_size=config.photo_images if key["method"] == PHOTOS else config.batch_size,
         mesh=mesh,
         out=common.run_folder(options, config, key),
     )

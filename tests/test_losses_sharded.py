@@ -26,6 +26,12 @@ def gathered_losses(labels, axis_name):
         "info_nce": functools.partial(losses.info_nce, axis_name=axis_name),
         "nt_xent": functools.partial(losses.nt_xent, axis_name=axis_name),
         "clip_loss": functools.partial(losses.clip_loss, axis_name=axis_name),
+        "two_view_clip": lambda z1, z2: losses.two_view_clip(
+            (z1, 2 * z1 + z2), (z2, z1 - z2), axis_name=axis_name
+        ),
+        "neighbours": lambda z1, z2: losses.neighbour_contrastive(
+            z1, z2, rows="both", axis_name=axis_name
+        ),
         "one_view": lambda z1, z2: contrast(z1, labels),
         "two_views": lambda z1, z2: contrast(z1, labels, second_view=z2),
     }

@@ -20,13 +20,13 @@ from jaxrobust.losses.classification import (
 )
 from jaxrobust.losses.contrastive import (
     adversarial_contrastive,
-    clip_loss,
     info_nce,
     nt_xent,
     supervised_contrastive,
     uniformity,
     unit_rows,
 )
+from jaxrobust.losses.image_text import clip_loss, neighbour_contrastive, two_view_clip
 from jaxrobust.losses.reconstruction import absolute_error, squared_error
 
 __all__ = [
@@ -39,11 +39,13 @@ __all__ = [
     "margin",
     "mart_bce",
     "mart_kl",
+    "neighbour_contrastive",
     "nt_xent",
     "squared_error",
     "supervised_contrastive",
     "targeted_dlr",
     "trades_kl",
+    "two_view_clip",
     "uniformity",
     "unit_rows",
 ]

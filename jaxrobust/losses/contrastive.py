@@ -20,9 +20,8 @@ from jaxrobust.losses._checks import (
     check_labels,
     check_positive,
 )
+from jaxrobust.losses._pairs import AxisName, gather, global_index, similarities, without_self
 from jaxrobust.losses.classification import negative_log_likelihood
-
-AxisName = str | tuple[str, ...] | None
 
 
 def unit_rows(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -75,8 +74,8 @@ def info_nce(
     """
     check_embeddings(anchors, positives, ("anchors", "positives"))
     check_positive(temperature, "temperature")
-    similarity = _similarity(unit_rows(anchors), _gather(unit_rows(positives), axis_name))
-    own = _global_index(anchors.shape[0], axis_name)
+    similarity = similarities(unit_rows(anchors), gather(unit_rows(positives), axis_name))
+    own = global_index(anchors.shape[0], axis_name)
     return negative_log_likelihood(similarity / temperature, own)
 
 
@@ -138,11 +137,11 @@ def uniformity(
     """
     check_positive(temperature, "temperature")
     unit = unit_rows(embeddings)
-    every = _gather(unit, axis_name)
+    every = gather(unit, axis_name)
     if every.shape[0] < 2:
         raise ValueError("embeddings must be of at least two examples, got one without negatives")
-    own = _global_index(unit.shape[0], axis_name)
-    return jax.nn.logsumexp(_without_self(_similarity(unit, every) / temperature, own), axis=1)
+    own = global_index(unit.shape[0], axis_name)
+    return jax.nn.logsumexp(without_self(similarities(unit, every) / temperature, own), axis=1)
 
 
 def nt_xent(
@@ -174,11 +173,11 @@ def nt_xent(
     check_embeddings(z1, z2, ("z1", "z2"))
     check_positive(temperature, "temperature")
     z1, z2 = unit_rows(z1), unit_rows(z2)
-    all_1, all_2 = _gather(z1, axis_name), _gather(z2, axis_name)
-    first = _global_index(z1.shape[0], axis_name)
+    all_1, all_2 = gather(z1, axis_name), gather(z2, axis_name)
+    first = global_index(z1.shape[0], axis_name)
     second = first + all_1.shape[0]
-    similarity = _similarity(jnp.concatenate([z1, z2]), jnp.concatenate([all_1, all_2]))
-    logits = _without_self(similarity / temperature, jnp.concatenate([first, second]))
+    similarity = similarities(jnp.concatenate([z1, z2]), jnp.concatenate([all_1, all_2]))
+    logits = without_self(similarity / temperature, jnp.concatenate([first, second]))
     losses = negative_log_likelihood(logits, jnp.concatenate([second, first]))
     return jnp.mean(losses.reshape(2, -1), axis=0)
 
@@ -218,49 +217,14 @@ def supervised_contrastive(
     check_labels(labels, len(embeddings))
     check_positive(temperature, "temperature")
     views = [unit_rows(view) for view in views]
-    gathered = [_gather(view, axis_name) for view in views]
-    index = _global_index(embeddings.shape[0], axis_name)
+    gathered = [gather(view, axis_name) for view in views]
+    index = global_index(embeddings.shape[0], axis_name)
     total = gathered[0].shape[0]
     own = jnp.concatenate([index + v * total for v in range(len(views))])
-    similarity = _similarity(jnp.concatenate(views), jnp.concatenate(gathered)) / temperature
-    same = labels[:, None] == _gather(labels, axis_name)[None, :]
+    similarity = similarities(jnp.concatenate(views), jnp.concatenate(gathered)) / temperature
+    same = labels[:, None] == gather(labels, axis_name)[None, :]
     losses = _mean_over_positives(similarity, jnp.tile(same, (len(views), len(views))), own)
     return jnp.mean(losses.reshape(len(views), -1), axis=0)
-
-
-def clip_loss(
-    image_embeddings: Float[Array, "b d"],
-    text_embeddings: Float[Array, "b d"],
-    logit_scale: Real[Number, ""] = 1 / 0.07,
-    *,
-    axis_name: AxisName = None,
-) -> Float[Array, "b"]:
-    """CLIP's symmetric loss: each image must find its text, and each text its image.
-
-    loss_i = -(log softmax_j(g s_ij)_i + log softmax_j(g s_ji)_i) / 2
-    s_ij = cosine(image_i, text_j)
-
-    Args:
-        image_embeddings: [b, d]; any scale, normalised here.
-        text_embeddings: [b, d]; row i is the caption of image i.
-        logit_scale: g > 0, the inverse temperature itself (CLIP learns its logarithm).
-        axis_name: mesh axis over which images and texts are gathered.
-
-    Returns:
-        [b] losses in nats, >= 0, not reduced.
-
-    Raises:
-        ValueError: shapes differ, or logit_scale <= 0.
-
-    Source: Radford et al. 2021 (CLIP), figure 3.
-    """
-    check_embeddings(image_embeddings, text_embeddings, ("image_embeddings", "text_embeddings"))
-    check_positive(logit_scale, "logit_scale")
-    images, texts = unit_rows(image_embeddings), unit_rows(text_embeddings)
-    own = _global_index(images.shape[0], axis_name)
-    to_text = logit_scale * _similarity(images, _gather(texts, axis_name))
-    to_image = logit_scale * _similarity(texts, _gather(images, axis_name))
-    return 0.5 * (negative_log_likelihood(to_text, own) + negative_log_likelihood(to_image, own))
 
 
 def _mean_over_positives(similarity, same, own):
@@ -268,29 +232,7 @@ def _mean_over_positives(similarity, same, own):
     if similarity.shape[1] == 1:  # Alone in the world: no candidates, so no softmax over them.
         return 0.0 * similarity[:, 0]
     positive = same & (own[:, None] != jnp.arange(similarity.shape[1]))
-    normaliser = jax.nn.logsumexp(_without_self(similarity, own), axis=-1)
+    normaliser = jax.nn.logsumexp(without_self(similarity, own), axis=-1)
     count = jnp.sum(positive, axis=-1)
     surprise = jnp.where(positive, normaliser[:, None] - similarity, 0.0)
     return jnp.sum(surprise, axis=-1) / jnp.maximum(count, 1)
-
-
-def _similarity(anchors, candidates):
-    # Accelerators round float32 products to about three digits by default; divided by a
-    # temperature of 0.07 that is a visible error in the loss.
-    return jnp.matmul(anchors, candidates.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def _without_self(logits, own):
-    """Rule out each row's own column."""
-    return jnp.where(own[:, None] == jnp.arange(logits.shape[1]), -jnp.inf, logits)
-
-
-def _gather(x, axis_name):
-    """Candidates of all devices along the leading axis, in the order of the device index."""
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
-
-
-def _global_index(batch, axis_name):
-    """Where the local rows stand among the gathered ones."""
-    offset = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch
-    return offset + jnp.arange(batch)
