@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -239,6 +240,19 @@ def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 
+def gather_to_all(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """As `gather`, for what goes into the state: the compiler sees that all devices have the same.
+
+    `all_gather`'s result counts as one that may differ between devices, a sum's does not.
+    """
+    if axis_name is None:
+        return x
+    count, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    mine = jax.lax.pcast(jnp.arange(count), axis_name, to="varying") == own
+    spread = jnp.where(mine.reshape(-1, *[1] * x.ndim), x, 0)
+    return jax.lax.psum(spread, axis_name).reshape(-1, *x.shape[1:])
+
+
 def agreed(answer: bool) -> bool:
     """Process 0's answer on every process: what clocks and files say may differ between them."""
     if jax.process_count() == 1:
@@ -246,6 +260,24 @@ def agreed(answer: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
+def from_all_processes(share: np.ndarray) -> np.ndarray:
+    """[n / processes, ...] of each process, joined in their order on every one."""
+    if jax.process_count() == 1:
+        return share
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(share, tiled=True))
+
+
+def from_first_process(array: np.ndarray) -> np.ndarray:
+    """Process 0's array on every process: what a library computed need not be equal to the bit."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def varying(tree: PyTree, axis_name: str | None) -> PyTree:

@@ -1,0 +1,285 @@
+"""Pre-training from the first step to the last: resumable inside a pass, on any number of devices.
+
+recipe = safeclip.Recipe(epochs=24, batch_size=256)
+fitted = safeclip.fit(clip, recipe, pairs, tokens, views=views, directory="runs/one")
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxrobust import checkpoint, data, parallel
+from jaxrobust.models import Clip
+from jaxrobust.safeclip.recipe import Pass, Recipe, passes
+from jaxrobust.safeclip.scoring import similarities
+from jaxrobust.safeclip.split import first_split, largest
+from jaxrobust.safeclip.steps import Views, adamw, create_state, training_step
+from jaxrobust.training import TrainState
+
+_SCORES = 0x5C0E
+
+
+class Trust(NamedTuple):
+    """What is known of the pairs.
+
+    Attributes:
+        scores: [n] similarities, or their running average.
+        weights: [n] of the splitter.
+        safe: [n] bool; all are safe before the first split.
+    """
+
+    scores: np.ndarray
+    weights: np.ndarray
+    safe: np.ndarray
+
+
+class Pretrained(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+        state: after the last step.
+        trust: of the last epoch.
+        history: one dict per epoch: epoch, seconds, losses by kind of pass, and what `evaluate`
+            returned; after the split also the safe share and, where one was made, the fallback.
+        seconds: wall time of all training, over all interruptions; compilation included.
+    """
+
+    state: TrainState
+    trust: Trust
+    history: list[dict]
+    seconds: float
+
+    @property
+    def variables(self) -> dict:
+        """What `clip.encode_image` takes."""
+        return self.state.variables()
+
+
+def fit(
+    clip: Clip,
+    recipe: Recipe,
+    images: Any,
+    tokens: Any,
+    *,
+    views: Views | None = None,
+    seed: int = 0,
+    start: dict | None = None,
+    mesh: Mesh | None = None,
+    mapping: str = "shard_map",
+    dtype: Any = None,
+    evaluate: Callable[[int, dict, Trust], dict] | None = None,
+    directory: str | Path | None = None,
+    save_every: float = 30.0,
+    progress: bool = True,
+    label: str = "pre-training",
+) -> Pretrained:
+    """Trains a dual encoder on pairs of which some may be poisoned.
+
+    Args:
+        clip: the dual encoder.
+        recipe: the settings.
+        images: [n, h, w, c] float32 in [0, 1].
+        tokens: [n, 1 + v, t] int32: the caption, then views of it.
+        views: (keys, images) -> images, one random view; None leaves images as they are.
+        seed: of the weights, the order and the views.
+        start: variables to begin from instead of fresh ones.
+        mesh: the devices; all by default.
+        mapping: of `parallel.data_parallel`.
+        dtype: compute type of the encoders.
+        evaluate: (epoch, variables, trust) -> numbers for the history, after each epoch.
+        directory: where checkpoints go; a run that is there is gone on with, and ends bit-equal to
+            one that was never stopped.
+        save_every: seconds between checkpoints.
+        progress: show a progress bar.
+        label: of the bar.
+
+    Raises:
+        ValueError: pairs that do not fit together, or fewer than a batch.
+        checkpoint.CheckpointError: `directory` holds another run.
+    """
+    images, tokens = np.asarray(images), np.asarray(tokens)
+    _check(images, tokens, recipe)
+    mesh = parallel.data_mesh() if mesh is None else mesh
+    optimizer = adamw(recipe.weight_decay)
+
+    @functools.cache
+    def step_of(kind):
+        made = training_step(clip, optimizer, kind, views=views, rows=recipe.rows, dtype=dtype)
+        return parallel.data_parallel(made, mesh, mapping=mapping)
+
+    def create(key):
+        shape = images.shape[1:]
+        state = create_state(clip, optimizer, key, shape, pool=recipe.pool, start=start)
+        return state
+
+    state = parallel.create(create, mesh, jax.random.key(seed))
+    trust = Trust(np.zeros(len(images)), np.ones(len(images)), np.ones(len(images), bool))
+    order = [seed, recipe.batch_size, len(images)]
+    saver = _Saver(directory, save_every, order)
+    state, trust, loop = saver.restored(state, trust)
+    bar = tqdm(
+        total=recipe.epochs, initial=loop["epoch"] - 1, desc=label, unit="epoch",
+        disable=not progress or jax.process_index() > 0,
+    )  # fmt: skip
+    with bar:
+        while loop["epoch"] <= recipe.epochs:
+            if recipe.splits(loop["epoch"]) and loop["split"] != loop["epoch"]:
+                score = functools.partial(
+                    similarities, clip, state.variables(), images, tokens, views=views
+                )
+                trust = _split(
+                    recipe,
+                    trust,
+                    loop,
+                    score,
+                    jax.random.fold_in(jax.random.key(seed), _SCORES + loop["epoch"]),
+                )
+            work = passes(recipe, loop["epoch"], len(images), trust.safe, loop["first"])
+            for number in range(loop["pass"], len(work)):
+                batches = _batches(images, tokens, work[number].rows, recipe, seed, loop, mesh)
+                state = _run(step_of, state, trust, loop, work[number], batches, saver)
+                loop.update({"pass": number + 1, "step": 0})
+            _close(loop, state, trust, work, evaluate)
+            bar.update()
+    saver.save(state, trust, loop)
+    return Pretrained(state, trust, loop["history"], loop["seconds"])
+
+
+def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.Array) -> Trust:
+    """Scores all pairs and makes the epoch's safe set; the same one on all hosts."""
+    keys = {} if recipe.scoring == "clean" else {"key": key, "draws": recipe.draws}
+    scores = score(scoring=recipe.scoring, **keys)
+    epoch, is_first = loop["epoch"], not loop["split"]
+    if not is_first:
+        scores = recipe.memory * trust.scores + (1 - recipe.memory) * scores
+    weights = recipe.splitter(scores)
+    if is_first:
+        safe, loop["fallback"] = first_split(
+            weights, scores, threshold=recipe.threshold, bounds=recipe.bounds,
+            fallback=recipe.fallback,
+        )  # fmt: skip
+        loop["first"] = float(safe.mean())
+    else:
+        count = int(recipe.fraction(loop["first"], epoch) * len(scores))
+        safe = largest(weights, scores, count)
+    loop["split"] = epoch
+    loop["first"] = float(parallel.from_first_process(np.float64(loop["first"])))
+    return Trust(*map(parallel.from_first_process, (scores, weights, safe)))
+
+
+def _batches(
+    images: np.ndarray, tokens: np.ndarray, rows: np.ndarray, recipe: Recipe, seed: int,
+    loop: dict, mesh: Mesh,
+) -> Iterator[Any]:  # fmt: skip
+    """The pass's batches from where it stands, on their devices, each process its share."""
+    order = rows[data.epoch_order(len(rows), seed=seed, epoch=2 * loop["epoch"] + loop["pass"])]
+    size, own, all_ = recipe.batch_size, jax.process_index(), jax.process_count()
+    share = slice(own * size // all_, (own + 1) * size // all_)
+    chosen = (
+        order[k * size : (k + 1) * size][share] for k in range(loop["step"], len(order) // size)
+    )
+    made = (
+        {"image": images[part], "tokens": tokens[part], "index": part.astype(np.int32)}
+        for part in chosen
+    )
+    return data.prefetch(made, lambda batch: parallel.shard_batch(batch, mesh))
+
+
+def _run(step_of, state, trust, loop, work: Pass, batches, saver) -> TrainState:
+    """One pass, or what is left of it."""
+    if loop["step"] == 0:
+        state = state._replace(extra=state.extra._replace(rate=work.rate))
+    waiting = []
+    for batch in batches:
+        state, metrics = step_of(work.kind)(state, batch)
+        waiting.append(metrics["loss"])
+        loop["step"] += 1
+        if saver.is_due():
+            _settle(loop, work.kind, waiting)
+            saver.save(state, trust, loop)
+    _settle(loop, work.kind, waiting)
+    return state
+
+
+def _settle(loop: dict, kind: str, waiting: list) -> None:
+    """Adds the losses of the last steps up, in their order: a stopped run has the same sums."""
+    total, count = loop["losses"].get(kind, (0.0, 0))
+    for value in waiting:
+        total += float(value)
+    loop["losses"][kind] = (total, count + len(waiting))
+    waiting.clear()
+
+
+def _close(loop: dict, state: TrainState, trust: Trust, work: list[Pass], evaluate) -> None:
+    """Notes the epoch and begins the next."""
+    entry = {"epoch": loop["epoch"]}
+    for kind, (total, count) in loop["losses"].items():
+        entry[f"loss_{kind}"] = total / max(count, 1)
+        entry[f"steps_{kind}"] = count
+    if loop["split"]:
+        entry |= {"safe_share": float(trust.safe.mean()), "fallback": loop["fallback"]}
+    if evaluate is not None:
+        entry |= evaluate(loop["epoch"], state.variables(), trust)
+    loop["history"] = [*loop["history"], entry]
+    loop.update({"epoch": loop["epoch"] + 1, "pass": 0, "step": 0, "losses": {}})
+
+
+class _Saver:
+    """Checkpoints of the state, of what is known of the pairs, and of where the loop stands."""
+
+    def __init__(self, directory, every: float, order: list):
+        self.folder = None if directory is None else Path(directory) / "checkpoint"
+        self.every, self.order = every, order
+        self.begun = self.saved = time.monotonic()
+        self.earlier = 0.0
+
+    def restored(self, state, trust):
+        """(state, trust, loop), of the checkpoint if there is one."""
+        loop = {
+            "epoch": 1, "pass": 0, "step": 0, "split": 0, "first": 0.0, "fallback": "",
+            "losses": {}, "history": [], "seconds": 0.0, "order": self.order,
+        }  # fmt: skip
+        found = self.folder and checkpoint.restore(self.folder, (state, trust._asdict()))
+        if not found:
+            return state, trust, loop
+        _, (state, trust), loop = found
+        if loop["order"] != self.order:
+            raise checkpoint.CheckpointError(
+                f"{self.folder}: expected a run with seed, batch_size and pairs {self.order}, "
+                f"found {loop['order']}"
+            )
+        self.earlier = loop["seconds"]
+        return state, Trust(**{name: np.asarray(value) for name, value in trust.items()}), loop
+
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint, by process 0's clock."""
+        if self.folder is None:
+            return False
+        return parallel.agreed(time.monotonic() - self.saved > self.every)
+
+    def save(self, state, trust, loop) -> None:
+        """Saves, unless this very step is there already."""
+        loop["seconds"] = self.earlier + time.monotonic() - self.begun
+        step = int(state.step)
+        if self.folder is not None and checkpoint.latest_step(self.folder) != step:
+            checkpoint.save(self.folder, step, (state, trust._asdict()), loop=loop)
+        self.saved = time.monotonic()
+
+
+def _check(images: np.ndarray, tokens: np.ndarray, recipe: Recipe) -> None:
+    if images.ndim != 4 or tokens.ndim != 3 or len(images) != len(tokens):
+        raise ValueError(
+            "images must be [n, h, w, c] and tokens [n, 1 + v, t], "
+            f"got {images.shape} and {tokens.shape}"
+        )
+    if len(images) < recipe.batch_size:
+        raise ValueError(
+            f"batch_size must be <= {len(images)}, the number of pairs, got {recipe.batch_size}"
+        )

@@ -1,0 +1,193 @@
+"""The settings of a pre-training run, and what each of its epochs does."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrobust.attacks.inputs import check_number, check_steps
+from jaxrobust.safeclip.rates import SCHEDULES, Plan, Rate, mixed_rates, rate
+from jaxrobust.safeclip.scoring import SCORINGS
+from jaxrobust.safeclip.split import gaussian_mixture
+
+METHODS = ("safeclip", "clip", "clip_augmented", "roclip")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One pre-training run; made by hand or from `recipe(name)`.
+
+    Attributes:
+        method: "safeclip", or a baseline: "clip", "clip_augmented" (on SafeCLIP's two views) or
+            "roclip".
+        epochs: in all, counted from 1.
+        unimodal_epochs: at the start: no image meets a text.
+        slow_epochs: after them, CLIP's loss on all pairs at `slow_rate`.
+        batch_size: pairs in a step over all devices.
+        peak: largest learning rate.
+        slow_rate: of the slow epochs.
+        warmup: steps of the rise; the fixed schedule takes a tenth of its total at most.
+        schedule: "fixed": every pass counts its own steps and ends at 0; "official": the authors'.
+        weight_decay: of AdamW.
+        pool: rows of each pool of neighbours, about 2 % of the pairs.
+        rows: softmax axis of the neighbour loss, "queries" (code), "neighbours" (paper), "both".
+        scoring: "clean" or "augmented" (code).
+        draws: random views that are averaged in the latter.
+        memory: share of the old score that a new one keeps, in [0, 1): a running average.
+        splitter: scores [n] -> weights [n].
+        threshold: weight from which a pair is safe at the first split.
+        bounds: shares of safe pairs that are believed; outside, the best `fallback` are taken.
+        fallback: see there.
+        growth: share of the pairs by which the safe set grows per epoch.
+        cap: its largest share.
+        train_risky: whether risky pairs go on in unimodal passes.
+        match_every: RoCLIP matches captions by its pool in every so manieth epoch.
+    """
+
+    method: str = "safeclip"
+    epochs: int = 32
+    unimodal_epochs: int = 5
+    slow_epochs: int = 1
+    batch_size: int = 512
+    peak: float = 5e-4
+    slow_rate: float = 5e-6
+    warmup: int = 1000
+    schedule: str = "fixed"
+    weight_decay: float = 0.1
+    pool: int = 2048
+    rows: str = "queries"
+    scoring: str = "clean"
+    draws: int = 1
+    memory: float = 0.0
+    splitter: Callable[[np.ndarray], np.ndarray] = dataclasses.field(
+        default_factory=lambda: gaussian_mixture(monotone=True)
+    )
+    threshold: float = 0.9
+    bounds: tuple[float, float] = (0.02, 0.5)
+    fallback: float = 0.15
+    growth: float = 0.01
+    cap: float = 0.85
+    train_risky: bool = True
+    match_every: int = 2
+
+    def __post_init__(self):
+        """Checks the attributes."""
+        _check_name("method", self.method, METHODS)
+        _check_name("schedule", self.schedule, SCHEDULES)
+        _check_name("scoring", self.scoring, SCORINGS)
+        for name in ("epochs", "batch_size", "pool", "draws", "match_every"):
+            check_steps(getattr(self, name), name)
+        for name in ("peak", "slow_rate", "warmup", "weight_decay", "growth"):
+            check_number(name, getattr(self, name), low=0)
+        if not 0 <= self.memory < 1:
+            raise ValueError(f"memory must be in [0, 1), got {self.memory}")
+        if self.method == "safeclip" and self.first_mixed > self.epochs:
+            raise ValueError(
+                f"epochs must exceed unimodal_epochs + slow_epochs = {self.first_mixed - 1}, "
+                f"got {self.epochs}"
+            )
+
+    @property
+    def first_mixed(self) -> int:
+        """The epoch of the split, counted from 1."""
+        return self.unimodal_epochs + self.slow_epochs + 1
+
+    def splits(self, epoch: int) -> bool:
+        """Whether the pairs are scored and split before this epoch."""
+        return self.method == "safeclip" and epoch >= self.first_mixed
+
+    def fraction(self, first: float, epoch: int) -> float:
+        """The safe share in an epoch, given that of the first split."""
+        return min(first + self.growth * (epoch - self.first_mixed), max(self.cap, first))
+
+
+class Pass(NamedTuple):
+    """One way through some of the pairs.
+
+    Attributes:
+        kind: of the step.
+        rows: [m] which pairs.
+        rate: at its first step.
+    """
+
+    kind: str
+    rows: np.ndarray
+    rate: Rate
+
+
+def official(**changes: Any) -> Recipe:
+    """The authors' code as it runs, schedules included; see the lab book for its faults.
+
+    Args:
+        changes: further attributes of `Recipe`.
+    """
+    settings = {
+        "schedule": "official",
+        "scoring": "augmented",
+        "splitter": gaussian_mixture(),
+        "bounds": (0.0, 1.0),
+        "warmup": 10_000,
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def passes(recipe: Recipe, epoch: int, pairs: int, safe: np.ndarray, first: float) -> list[Pass]:
+    """What an epoch does, in this order.
+
+    Args:
+        recipe: the settings.
+        epoch: counted from 1.
+        pairs: how many there are.
+        safe: [n] bool, the safe set of this epoch; not looked at before the split.
+        first: share of the safe pairs at the first split.
+    """
+    everything, steps = np.arange(pairs), pairs // recipe.batch_size
+    if recipe.method != "safeclip":
+        plain = rate(
+            recipe.peak,
+            warmup=min(recipe.warmup, 0.1 * steps * recipe.epochs),
+            total=steps * recipe.epochs,
+            position=steps * (epoch - 1),
+        )
+        return [Pass(_baseline_kind(recipe, epoch), everything, plain)]
+    if epoch <= recipe.unimodal_epochs:
+        return [Pass("unimodal", everything, _unimodal_rate(recipe, epoch, steps))]
+    if epoch < recipe.first_mixed:
+        return [Pass("two_views", everything, rate(recipe.slow_rate, constant=True))]
+    plan = Plan(
+        steps, recipe.batch_size, pairs, recipe.first_mixed, recipe.epochs,
+        [recipe.fraction(first, e) for e in range(recipe.first_mixed, recipe.epochs + 1)],
+        recipe.peak, recipe.warmup,
+    )  # fmt: skip
+    trusted, distrusted = mixed_rates(plan, epoch, recipe.schedule)
+    found = [Pass("two_views", np.flatnonzero(safe), trusted)]
+    if recipe.train_risky:
+        found.insert(0, Pass("unimodal", np.flatnonzero(~safe), distrusted))
+    return found
+
+
+def _baseline_kind(recipe: Recipe, epoch: int) -> str:
+    if recipe.method != "roclip":
+        return {"clip": "clip", "clip_augmented": "two_views"}[recipe.method]
+    return "roclip_plain" if epoch % recipe.match_every else "roclip"
+
+
+def _unimodal_rate(recipe: Recipe, epoch: int, steps: int) -> Rate:
+    if recipe.schedule == "official":
+        # Epochs count from 1, and the slow epoch is part of the total: the rate begins one epoch
+        # late, and is not yet 0 at the end.
+        total = steps * (recipe.unimodal_epochs + recipe.slow_epochs)
+        return rate(recipe.peak, warmup=recipe.warmup, total=total, position=steps * epoch)
+    total = steps * recipe.unimodal_epochs
+    return rate(
+        recipe.peak,
+        warmup=min(recipe.warmup, 0.1 * total),
+        total=total,
+        position=steps * (epoch - 1),
+    )
+
+
+def _check_name(argument: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{argument} must be one of {known}, got {value!r}")
