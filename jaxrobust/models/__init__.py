@@ -2,6 +2,9 @@
 
 from jaxrobust.models import convert
 from jaxrobust.models.autoencoder import AutoEncoder, autoencoder
+from jaxrobust.models.clip import LOGIT_SCALE, MAX_LOGIT_SCALE, Clip, ZeroShot, clip, zero_shot
+from jaxrobust.models.clip_files import LoadedClip, load_clip
+from jaxrobust.models.clip_resnet import clip_resnet
 from jaxrobust.models.cnn import small_cnn
 from jaxrobust.models.convolution import conv2d
 from jaxrobust.models.defended import defend, join, part
@@ -15,16 +18,24 @@ from jaxrobust.models.layers import Mode, normalise
 from jaxrobust.models.model import Model, from_linen
 from jaxrobust.models.registry import build
 from jaxrobust.models.resnet import preact_resnet, preact_resnet18, wide_resnet
+from jaxrobust.models.text import text_encoder
 from jaxrobust.models.towers import Tower, load_image_tower
 from jaxrobust.models.vit import vit, vit_preset
 
 __all__ = [
+    "LOGIT_SCALE",
+    "MAX_LOGIT_SCALE",
     "AutoEncoder",
+    "Clip",
+    "LoadedClip",
     "Mode",
     "Model",
     "Tower",
+    "ZeroShot",
     "autoencoder",
     "build",
+    "clip",
+    "clip_resnet",
     "conv2d",
     "convert",
     "defend",
@@ -33,6 +44,7 @@ __all__ = [
     "from_linen",
     "join",
     "jpeg",
+    "load_clip",
     "load_efficientnet_lite0",
     "load_image_tower",
     "normalise",
@@ -40,8 +52,10 @@ __all__ = [
     "preact_resnet",
     "preact_resnet18",
     "small_cnn",
+    "text_encoder",
     "total_variation",
     "vit",
     "vit_preset",
     "wide_resnet",
+    "zero_shot",
 ]

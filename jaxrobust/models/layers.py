@@ -106,6 +106,7 @@ class Conv(nn.Module):
     padding: str = "symmetric"
     use_bias: bool = False
     groups: int = 1
+    init: Callable[..., Array] | None = None  # of the kernel; None is He et al. 2015, see below
 
     @nn.compact
     def __call__(
@@ -115,8 +116,8 @@ class Conv(nn.Module):
         shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
         # He et al. 2015, in the fan-out form of the published wide nets: N(0, 2 / fan_out), with
         # fan_out = k k c_out / groups, since an input channel reaches its own group only.
-        init = nn.initializers.variance_scaling(2.0 * self.groups, "fan_out", "normal")
-        x, kernel = mode.cast(x, self.param("kernel", init, shape, jnp.float32))
+        wide = nn.initializers.variance_scaling(2.0 * self.groups, "fan_out", "normal")
+        x, kernel = mode.cast(x, self.param("kernel", self.init or wide, shape, jnp.float32))
         padding = self.kernel // 2 if self.padding == "symmetric" else self.padding
         y = conv2d(x, kernel, stride=self.stride, padding=padding, groups=self.groups)
         if self.use_bias:
@@ -126,10 +127,11 @@ class Conv(nn.Module):
 
 
 class Dense(nn.Module):
-    """Affine map of the last axis."""
+    """Affine map of the last axis; its bias starts at zero, or, as PyTorch's, as UNIFORM_FAN_IN."""
 
     features: int
     init: Callable[..., Array] = UNIFORM_FAN_IN
+    uniform_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -138,9 +140,14 @@ class Dense(nn.Module):
         """Return x @ kernel + bias."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        start = _uniform(shape[0] ** -0.5) if self.uniform_bias else nn.initializers.zeros
+        bias = self.param("bias", start, (self.features,), jnp.float32)
         x, kernel, bias = mode.cast(x, kernel, bias)
         return x @ kernel + bias
+
+
+def _uniform(bound: float) -> Callable[..., Array]:
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class BatchNorm(nn.Module):
@@ -156,6 +163,7 @@ class BatchNorm(nn.Module):
 
     momentum: float = 0.9
     eps: float = 1e-5
+    scale_init: Callable[..., Array] = nn.initializers.ones
 
     @nn.compact
     def __call__(
@@ -163,7 +171,7 @@ class BatchNorm(nn.Module):
     ) -> Float[Array, "b h w c"]:
         """Normalise every channel; in training, also move the running statistics."""
         shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
@@ -208,6 +216,7 @@ class GroupNorm(nn.Module):
 
     group_size: int = 16
     eps: float = 1e-5
+    scale_init: Callable[..., Array] = nn.initializers.ones
 
     @nn.compact
     def __call__(
@@ -215,7 +224,7 @@ class GroupNorm(nn.Module):
     ) -> Float[Array, "b h w c"]:
         """Normalise every group of channels of every example."""
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         size = channels if channels <= self.group_size else math.gcd(channels, self.group_size)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -258,11 +267,15 @@ class Point(nn.Module):
         return x
 
 
-def norm_layer(kind: str, name: str) -> Callable[[Array, Mode], Array]:
-    """The normalisation layer of this `kind`; `name` keeps the published nets' `bn1` for all."""
+def norm_layer(kind: str, name: str, *, zero: bool = False) -> Callable[[Array, Mode], Array]:
+    """The normalisation layer of this `kind`; `name` keeps the published nets' `bn1` for all.
+
+    With `zero` its scale starts at zero, so that a residual branch that ends in it starts absent.
+    """
     if kind == "none":
         return lambda x, mode: x
-    return BatchNorm(name=name) if kind == "batch" else GroupNorm(name=name)
+    start = nn.initializers.zeros if zero else nn.initializers.ones
+    return (BatchNorm if kind == "batch" else GroupNorm)(scale_init=start, name=name)
 
 
 class Stack(nn.Module):

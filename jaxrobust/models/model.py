@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxrobust.models.layers import INFERENCE, Mode
 
@@ -52,7 +52,34 @@ class Model(NamedTuple):
     config: dict[str, Any]
 
 
-def from_linen(module: nn.Module, *, name: str | None = None) -> Model:
+class Inputs(NamedTuple):
+    """What a network takes.
+
+    Attributes:
+        check: (x) -> the array, or a ValueError where it is not such an input.
+        axes: of one example, as the shape that `init` takes names them.
+        dtype: of the array.
+    """
+
+    check: Callable[..., Array]
+    axes: tuple[str, ...]
+    dtype: Any
+
+
+def images(x: ArrayLike, name: str = "x") -> Array:
+    """Return x as an array, or an error where it is not a batch of float images."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be float in [0, 1], got {x.dtype}")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must be [b, h, w, c], got shape {x.shape}")
+    return x
+
+
+IMAGES = Inputs(images, ("h", "w", "c"), jnp.float32)
+
+
+def from_linen(module: nn.Module, *, name: str | None = None, inputs: Inputs = IMAGES) -> Model:
     """The pure functions of a Linen module.
 
     Args:
@@ -60,13 +87,14 @@ def from_linen(module: nn.Module, *, name: str | None = None) -> Model:
             this package's) or `train: bool` (most others); without either it has one mode.
         name: the `config`'s name, by default the module's class. Only names that
             `models.build` knows can be built again from their config.
+        inputs: what the module takes in place of images.
 
     Returns:
         The model.
     """
-    call = functools.partial(_call, module)
+    call = functools.partial(_call, module, inputs)
     return Model(
-        init=initialiser(module),
+        init=initialiser(module, inputs),
         apply=functools.partial(_apply, call),
         train=functools.partial(_train, call),
         config=config_of(module, name),
@@ -80,19 +108,22 @@ def config_of(module: nn.Module, name: str | None) -> dict[str, Any]:
     return {"name": name or type(module).__name__, **values}
 
 
-def initialiser(module: nn.Module) -> Callable[..., dict]:
+def initialiser(module: nn.Module, inputs: Inputs = IMAGES) -> Callable[..., dict]:
     """(key, shape) -> variables, compiled: run eagerly, a large net's forward takes seconds."""
 
     @functools.partial(jax.jit, static_argnames="shape")
     def draw(key: Array, shape: tuple[int, ...]) -> dict:
-        return module.init(_quick_to_compile(key), jnp.zeros((1, *shape), jnp.float32))
+        return module.init(_quick_to_compile(key), jnp.zeros((1, *shape), inputs.dtype))
+
+    axes = f"({', '.join(inputs.axes)}{',' * (len(inputs.axes) == 1)})"
 
     def init(key: Array, shape: Sequence[int]) -> dict:
-        """Draw the variables for images of `shape` (h, w, c) from a typed key."""
+        """Draw the variables for inputs of `shape`, (h, w, c) of images, from a typed key."""
         if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
             raise ValueError(f"key must be typed, jax.random.key(0), got {key!r}")
-        if len(shape) != 3 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
-            raise ValueError(f"shape must be (h, w, c), three integers > 0, got {shape}")
+        whole = all(isinstance(n, int | np.integer) and n > 0 for n in shape)
+        if len(shape) != len(inputs.axes) or not whole:
+            raise ValueError(f"shape must be {axes}, integers > 0, got {shape}")
         return dict(draw(key, tuple(int(n) for n in shape)))
 
     return init
@@ -104,16 +135,6 @@ def _quick_to_compile(key: Array) -> Array:
     # on one kind of device, and may be another draw on another kind.
     data = jax.random.key_data(key)
     return jax.random.wrap_key_data(jnp.resize(data, (4,)), impl="rbg")
-
-
-def images(x: ArrayLike, name: str = "x") -> Array:
-    """Return x as an array, or an error where it is not a batch of float images."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be float in [0, 1], got {x.dtype}")
-    if x.ndim != 4:
-        raise ValueError(f"{name} must be [b, h, w, c], got shape {x.shape}")
-    return x
 
 
 def _apply(
@@ -140,7 +161,7 @@ def _apply(
         ValueError: x is not a batch of float images, a tap is unknown, or a delta has another shape
             than its activation.
     """
-    logits, _, values = call(variables, images(x), INFERENCE, taps, perturbations or {})
+    logits, _, values = call(variables, x, INFERENCE, taps, perturbations or {})
     return (logits, values) if taps else logits
 
 
@@ -155,14 +176,15 @@ def _train(
 ) -> Any:
     """Logits in training mode and the running statistics after this batch; see `Model.train`."""
     mode = Mode(train=True, axis_name=axis_name, dtype=dtype)
-    logits, batch_stats, values = call(variables, images(x), mode, taps, {})
+    logits, batch_stats, values = call(variables, x, mode, taps, {})
     return (logits, batch_stats, values) if taps else (logits, batch_stats)
 
 
 def _call(
     module: nn.Module,
+    inputs: Inputs,
     variables: Variables,
-    x: Float[Array, "b h w c"],
+    x: ArrayLike,
     mode: Mode,
     taps: Sequence[str],
     perturbations: Mapping[str, ArrayLike],
@@ -170,6 +192,7 @@ def _call(
     """(output, batch_stats, {name: activation}) of one call of the module."""
     if isinstance(taps, str):
         raise ValueError(f"taps must be a tuple of names, got the string {taps!r}")
+    x = inputs.check(x)
     watched = bool(taps or perturbations)
     mutable = ["batch_stats"] * mode.train + [_TAPS] * watched
     run = functools.partial(module.apply, variables, x, **_mode_arguments(module, variables, mode))

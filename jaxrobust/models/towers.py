@@ -1,4 +1,4 @@
-"""Published image towers as this package's ViT: files of timm, DINOv2 and OpenCLIP.
+"""Published image towers as this package's models: files of timm, DINOv2, OpenAI and OpenCLIP.
 
     model, variables, shape = load_image_tower("ViT-B-32.safetensors", activation="quick_gelu")
     features = model.apply(variables, images)            # [b, *shape] images in [0, 1]
@@ -10,7 +10,7 @@ OpenCLIP's files, the activation, nor how images were normalised.
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxrobust.files import CheckpointError, check_same_arrays
+from jaxrobust.models.clip_resnet import clip_resnet
 from jaxrobust.models.model import Model
 from jaxrobust.models.torch_file import read_torch
 from jaxrobust.models.vit import vit
@@ -27,13 +28,10 @@ from jaxrobust.models.vit import vit
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Width of a head in the published ViTs, but for the very largest.
-_HEAD_WIDTH = 64
-_CLIP_RENAMES = (
-    ("conv1.", "patch_embed."),
-    ("class_embedding", "cls_token"),
+HEAD_WIDTH = 64
+# OpenAI's and OpenCLIP's names of a transformer's parts, of images or of texts.
+TRANSFORMER_RENAMES = (
     ("positional_embedding", "pos_embed"),
-    ("ln_pre.", "norm_pre."),
-    ("ln_post.", "norm."),
     ("transformer.resblocks.", "blocks."),
     (".ln_1.", ".norm1."),
     (".ln_2.", ".norm2."),
@@ -44,6 +42,14 @@ _CLIP_RENAMES = (
     (".c_fc.", ".fc1."),
     (".c_proj.", ".fc2."),
 )
+_CLIP_RENAMES = (
+    ("conv1.", "patch_embed."),
+    ("class_embedding", "cls_token"),
+    ("ln_pre.", "norm_pre."),
+    ("ln_post.", "norm."),
+    *TRANSFORMER_RENAMES,
+)
+_RESNET_RENAMES = ((".downsample.0.", ".shortcut."), (".downsample.1.", ".shortcut_bn."))
 _TIMM_RENAMES = (("patch_embed.proj.", "patch_embed."), ("register_tokens", "reg_token"))
 
 
@@ -65,15 +71,16 @@ def load_image_tower(
     std: Sequence[float] | None = None,
     key: str | None = None,
 ) -> Tower:
-    """A published vision transformer by its file.
+    """A published image tower by its file: a vision transformer, or CLIP's ResNet.
 
     Args:
         path: safetensors, or a torch file of any version (torch is not needed).
-        heads: attention heads; None is width / 64, as in the published sizes Ti to L.
-        activation: "gelu" or "quick_gelu"; needed for OpenCLIP's layout, where OpenAI's weights
-            want the latter and LAION's the former. timm's and DINOv2's is "gelu".
-        size: side of the images, a multiple of the patch; None is that of the file. Positions are
-            interpolated bicubically (jax.image.resize, not quite PyTorch's kernel).
+        heads: attention heads; None is width / 64, as in the published sizes Ti to L, and in the
+            attention pools of CLIP's ResNets.
+        activation: "gelu" or "quick_gelu"; needed for the ViTs of OpenCLIP's layout, where OpenAI's
+            weights want the latter and LAION's the former. timm's and DINOv2's is "gelu".
+        size: side of the images, a multiple of the patch, or of 32; None is that of the file.
+            Positions are interpolated bicubically (jax.image.resize, not quite PyTorch's kernel).
         mean: subtracted from the images. None is CLIP's for OpenCLIP's layout and ImageNet's for
             DINOv2's; timm's other weights differ, and must be told.
         std: divides them, likewise.
@@ -89,7 +96,26 @@ def load_image_tower(
             shaped: all of them are named.
         ValueError: what the file does not tell was not told, or does not fit it.
     """
-    state = read_torch(path, key)
+    options = {"heads": heads, "activation": activation, "size": size, "mean": mean, "std": std}
+    return image_tower(path, read_torch(path, key), **options)
+
+
+def image_tower(
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray],
+    *,
+    heads: int | None,
+    activation: str | None,
+    size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Tower:
+    """`load_image_tower` of a state dict that was read already; `path` begins the errors."""
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std must be given together, got {mean} and {std}")
+    if any(name.endswith("attnpool.positional_embedding") for name in state):
+        normalisation = CLIP if mean is None else (mean, std)
+        return _resnet_tower(path, state, heads, size, normalisation)
     clip = any(name.endswith("class_embedding") for name in state)
     arrays = _ours(path, state, clip)
     if activation is None and clip:
@@ -97,8 +123,6 @@ def load_image_tower(
             "activation must be given for OpenCLIP's layout: 'quick_gelu' for OpenAI's weights, "
             "'gelu' for LAION's"
         )
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std must be given together, got {mean} and {std}")
     if mean is None:
         if not clip and "blocks.0.ls1.gamma" not in arrays:
             raise ValueError("mean and std must be given for timm's ViTs: they differ")
@@ -110,20 +134,47 @@ def load_image_tower(
     arrays["pos_embed"] = _resized(arrays["pos_embed"], grid, side // config["patch"])
     model = vit(**config, mean=tuple(mean), std=tuple(std))
     shape = (side, side, 3)
-    return Tower(model, _checked(path, arrays, model, shape), shape)
+    return Tower(model, checked(path, arrays, model.init, shape), shape)
+
+
+def _resnet_tower(path, state, heads, size, normalisation) -> Tower:
+    """CLIP's ResNet; its depth, width and image size are those of the arrays."""
+    arrays = {
+        name: array
+        for name, array in _renamed(state, _RESNET_RENAMES).items()
+        if not name.endswith("num_batches_tracked")
+    }
+    blocks = [re.match(r"layer(\d+)\.(\d+)\.", name) for name in arrays]
+    places = [(int(found[1]), int(found[2])) for found in blocks if found]
+    lacking = {"conv3.weight", "attnpool.c_proj.bias"} - set(arrays)
+    if lacking or not places:
+        raise CheckpointError(f"{path}: no CLIP ResNet, it lacks {lacking or 'layer1'}")
+    stages = [1 + max(b for s, b in places if s == stage) for stage in sorted({*dict(places)})]
+    positions = arrays["attnpool.positional_embedding"][None]
+    grid = math.isqrt(positions.shape[1] - 1)
+    if grid * grid + 1 != positions.shape[1]:
+        raise CheckpointError(f"{path}: {positions.shape[1]} positions are no square of pixels")
+    patch = 4 * 2 ** (len(stages) - 1)
+    side = size or grid * patch
+    if side % patch:
+        raise ValueError(f"size must be a multiple of {patch}, got {size}")
+    arrays["attnpool.positional_embedding"] = _resized(positions, grid, side // patch)[0]
+    model = clip_resnet(
+        stages,
+        arrays["conv3.weight"].shape[0],
+        heads or max(positions.shape[2] // HEAD_WIDTH, 1),
+        projection=len(arrays["attnpool.c_proj.bias"]),
+        mean=normalisation[0],
+        std=normalisation[1],
+    )
+    shape = (side, side, 3)
+    return Tower(model, checked(path, arrays, model.init, shape), shape)
 
 
 def _ours(path, state: Mapping[str, np.ndarray], clip: bool) -> dict[str, np.ndarray]:
     """The image tower's entries under our names, still in torch's order of axes."""
-    prefix = "visual." if any(name.startswith("visual.") for name in state) else ""
-    out = {}
-    for name, array in state.items():
-        if not name.startswith(prefix) or name == "mask_token":
-            continue  # of the text tower, or of DINOv2's training
-        name = name.removeprefix(prefix)
-        for theirs, ours in _CLIP_RENAMES if clip else _TIMM_RENAMES:
-            name = name.replace(theirs, ours)
-        out[name] = array
+    out = _renamed(state, _CLIP_RENAMES if clip else _TIMM_RENAMES)
+    out.pop("mask_token", None)  # of DINOv2's training
     lacking = {"patch_embed.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - set(out)
     if lacking:
         raise CheckpointError(
@@ -137,10 +188,24 @@ def _ours(path, state: Mapping[str, np.ndarray], clip: bool) -> dict[str, np.nda
     return out
 
 
+def _renamed(state: Mapping[str, np.ndarray], renames) -> dict[str, np.ndarray]:
+    """The image tower's entries by our names, without those of a text tower beside it."""
+    prefix = "visual." if any(name.startswith("visual.") for name in state) else ""
+    inside = {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+    return {renamed(name, renames): array for name, array in inside.items()}
+
+
+def renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """`name` with every (theirs, ours) replaced, in this order."""
+    for theirs, ours in renames:
+        name = name.replace(theirs, ours)
+    return name
+
+
 def _config(path, arrays, clip, heads, activation) -> tuple[dict[str, Any], int]:
     """Arguments of `vit`, and the side of the grid of patches."""
     width, _, patch, _ = arrays["patch_embed.weight"].shape
-    heads = heads or max(width // _HEAD_WIDTH, 1)
+    heads = heads or max(width // HEAD_WIDTH, 1)
     if width % heads:
         raise ValueError(f"heads must divide the width {width}, got {heads}")
     blocks = [re.match(r"blocks\.(\d+)\.", name) for name in arrays]
@@ -179,23 +244,30 @@ def _resized(positions: np.ndarray, grid: int, new: int) -> np.ndarray:
     return np.concatenate([first, np.asarray(rest).reshape(1, new * new, -1)], 1)
 
 
-def _checked(path, arrays, model, shape) -> dict[str, Any]:
-    """Our variables, after a comparison of all names and shapes with what the model has."""
+def checked(
+    path: str | os.PathLike,
+    arrays: Mapping[str, np.ndarray],
+    init: Callable[..., dict],
+    shape: Sequence[int],
+) -> dict[str, Any]:
+    """Our variables, after a comparison of all names and shapes with what `init` makes."""
     found = dict(_entry(name, array) for name, array in arrays.items())
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), shape))
-    expected = flatten_dict(like["params"])
+    like = jax.eval_shape(lambda: init(jax.random.key(0), shape))
+    expected = flatten_dict({"batch_stats": {}, **like})
     check_same_arrays(
         Path(path),
-        {".".join(k): f"{list(a.shape)}" for k, a in found.items()},
-        {".".join(k): f"{list(leaf.shape)}" for k, leaf in expected.items()},
+        {".".join(k[1:]): f"{list(a.shape)}" for k, a in found.items()},
+        {".".join(k[1:]): f"{list(leaf.shape)}" for k, leaf in expected.items()},
     )
-    params = unflatten_dict({k: jnp.asarray(a, jnp.float32) for k, a in found.items()})
-    return {"params": params, "batch_stats": {}}
+    variables = unflatten_dict({k: jnp.asarray(a, jnp.float32) for k, a in found.items()})
+    return {"params": {}, "batch_stats": {}, **variables}
 
 
 def _entry(name: str, array: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     *path, leaf = name.split(".")
+    if leaf.startswith("running_"):
+        return ("batch_stats", *path, leaf.removeprefix("running_")), array
     if leaf == "weight":
         leaf = "scale" if array.ndim == 1 else "kernel"
         array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
-    return (*path, leaf), array
+    return ("params", *path, leaf), array

@@ -1,7 +1,7 @@
 """Vision transformer: patches, a class token or a mean, attention maps as taps."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +28,48 @@ XAVIER = nn.initializers.xavier_uniform()
 SMALL_NORMAL = nn.initializers.normal(0.02)
 
 
+class Draws(NamedTuple):
+    """What the matrices of a block start from; its biases start at zero, or the MLP's as PyTorch's.
+
+    Attributes:
+        qkv: initialiser of the attention's input matrix.
+        proj: of its output matrix.
+        fc1: of the MLP's first matrix.
+        fc2: of its second.
+        uniform_bias: whether the MLP's biases start from U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)).
+    """
+
+    qkv: Callable[..., Array] = XAVIER
+    proj: Callable[..., Array] = XAVIER
+    fc1: Callable[..., Array] = XAVIER
+    fc2: Callable[..., Array] = XAVIER
+    uniform_bias: bool = False
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention; its maps are the tap `maps`, [b, heads, n, n], rows sum to one."""
+    """Multi-head self-attention; its maps are the tap `maps`, [b, heads, n, n], rows sum to one.
+
+    With `causal`, a token sees itself and those before it.
+    """
 
     heads: int
+    causal: bool = False
+    draws: Draws = Draws()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], mode: Mode = INFERENCE) -> Float[Array, "b n d"]:
         """softmax(q k^T / sqrt(d / heads)) v, projected."""
         b, n, d = x.shape
-        qkv = Dense(3 * d, XAVIER, name="qkv")(x, mode).reshape(b, n, 3, self.heads, -1)
+        qkv = Dense(3 * d, self.draws.qkv, name="qkv")(x, mode).reshape(b, n, 3, self.heads, -1)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / (d // self.heads) ** 0.5
         # In float32 at least: bfloat16 has three digits, too few for a sum over the tokens.
         wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        if self.causal:
+            wide = jnp.where(jnp.tri(n, dtype=bool), wide, -jnp.inf)
         maps = Point(name="maps")(jax.nn.softmax(wide, axis=-1))
         out = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(value.dtype), value)
-        return Dense(d, XAVIER, name="proj")(out.reshape(b, n, d), mode)
+        return Dense(d, self.draws.proj, name="proj")(out.reshape(b, n, d), mode)
 
 
 class MLP(nn.Module):
@@ -52,12 +77,15 @@ class MLP(nn.Module):
 
     hidden: int
     activation: str = "gelu"
+    draws: Draws = Draws()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], mode: Mode = INFERENCE) -> Float[Array, "b n d"]:
         """fc2(act(fc1(x)))."""
-        y = activate(Dense(self.hidden, XAVIER, name="fc1")(x, mode), self.activation)
-        return Dense(x.shape[-1], XAVIER, name="fc2")(y, mode)
+        draws = self.draws
+        y = Dense(self.hidden, draws.fc1, draws.uniform_bias, name="fc1")(x, mode)
+        y = activate(y, self.activation)
+        return Dense(x.shape[-1], draws.fc2, draws.uniform_bias, name="fc2")(y, mode)
 
 
 class LayerScale(nn.Module):
@@ -78,15 +106,17 @@ class EncoderBlock(nn.Module):
     activation: str = "gelu"
     norm_eps: float = 1e-6
     layer_scale: bool = False
+    causal: bool = False
+    draws: Draws = Draws()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], mode: Mode = INFERENCE) -> Float[Array, "b n d"]:
         """One transformer block."""
         y = LayerNorm(self.norm_eps, name="norm1")(x, mode)
-        y = Attention(self.heads, name="attn")(y, mode)
+        y = Attention(self.heads, self.causal, self.draws, name="attn")(y, mode)
         x = x + (LayerScale(name="ls1")(y) if self.layer_scale else y)
         y = LayerNorm(self.norm_eps, name="norm2")(x, mode)
-        y = MLP(self.hidden, self.activation, name="mlp")(y, mode)
+        y = MLP(self.hidden, self.activation, self.draws, name="mlp")(y, mode)
         return x + (LayerScale(name="ls2")(y) if self.layer_scale else y)
 
 
