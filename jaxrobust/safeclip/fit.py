@@ -107,6 +107,7 @@ def fit(
     images, tokens = np.asarray(images), np.asarray(tokens)
     _check(images, tokens, recipe)
     mesh = parallel.data_mesh() if mesh is None else mesh
+    local = parallel.data_mesh(mesh.local_devices)
     optimizer = adamw(recipe.weight_decay)
 
     @functools.cache
@@ -132,7 +133,7 @@ def fit(
         while loop["epoch"] <= recipe.epochs:
             if recipe.splits(loop["epoch"]) and loop["split"] != loop["epoch"]:
                 score = functools.partial(
-                    similarities, clip, state.variables(), images, tokens, views=views
+                    similarities, clip, state.variables(), images, tokens, views=views, mesh=local
                 )
                 trust = _split(
                     recipe,
@@ -165,13 +166,14 @@ def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.A
             weights, scores, threshold=recipe.threshold, bounds=recipe.bounds,
             fallback=recipe.fallback,
         )  # fmt: skip
-        loop["first"] = float(safe.mean())
     else:
         count = int(recipe.fraction(loop["first"], epoch) * len(scores))
         safe = largest(weights, scores, count)
     loop["split"] = epoch
-    loop["first"] = float(parallel.from_first_process(np.float64(loop["first"])))
-    return Trust(*map(parallel.from_first_process, (scores, weights, safe)))
+    trust = Trust(*map(parallel.from_first_process, (scores, weights, safe)))
+    if is_first:
+        loop["first"] = float(trust.safe.mean())
+    return trust
 
 
 def _batches(

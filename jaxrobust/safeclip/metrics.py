@@ -5,8 +5,8 @@
     zero_shot(scores, labels)                      {"top1": .., "top5": ..}
     poison_success(target_scores, adversarial)     Share(successes, n, estimate, low, high)
 
-`encode_images` is any [b, h, w, c] -> [b, d], `encode_captions` any sequence of texts -> [b, d]; both
-are called with batches of one size, so that a jitted one compiles once.
+`encode_images` is any [b, h, w, c] -> [b, d], `encode_captions` any sequence of texts -> [b, d];
+both are called with batches of one size, so that a jitted one compiles once.
 """
 
 from collections.abc import Callable, Sequence

@@ -45,7 +45,12 @@ class Rate(NamedTuple):
 
 
 def rate(
-    peak: float, *, warmup: float = 0, total: float = 0, position: float = 0, constant: bool = False
+    peak: float,
+    *,
+    warmup: float | int = 0,
+    total: float | int = 0,
+    position: float | int = 0,
+    constant: bool = False,
 ) -> Rate:
     """A rate from plain numbers.
 
@@ -83,7 +88,7 @@ class Plan(NamedTuple):
     epochs: int
     fractions: Sequence[float]
     peak: float
-    warmup: float
+    warmup: float | int
 
     @property
     def safe_steps(self) -> list[int]:

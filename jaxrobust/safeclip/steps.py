@@ -20,7 +20,8 @@ from jaxrobust.attacks.inputs import fold
 from jaxrobust.models import Clip
 from jaxrobust.safeclip.pool import Pool, empty_pool, nearest, push
 from jaxrobust.safeclip.rates import Rate, rate
-from jaxrobust.training import Step, TrainState
+from jaxrobust.training import TrainState
+from jaxrobust.training.step import Step
 
 Views = Callable[[Array, Array], Array]
 KINDS = ("unimodal", "clip", "two_views", "roclip", "roclip_plain", "cleanclip")

@@ -1,0 +1,60 @@
+"""SAFECLIP: image-text pre-training that withstands poisons and backdoors; attacks and baselines.
+
+    poisoned, manifest = safeclip.targeted(pairs, ...)
+    clip = models.clip(tower, vocabulary=tokenizer.vocabulary)
+    fitted = safeclip.fit(clip, safeclip.Recipe(), poisoned.images, tokens, views=views)
+    safeclip.poison_success(...)
+
+Source: Yang et al. 2024, "Better Safe than Sorry" (arXiv:2310.05862).
+"""
+
+from jaxrobust.safeclip.fit import Pretrained, Trust, fit
+from jaxrobust.safeclip.pool import Pool, empty_pool, nearest, push
+from jaxrobust.safeclip.rates import Plan, Rate, mixed_rates, rate
+from jaxrobust.safeclip.recipe import METHODS, Recipe, official, passes
+from jaxrobust.safeclip.scoring import similarities
+from jaxrobust.safeclip.split import (
+    Mixture,
+    Split,
+    by_rank,
+    conformal,
+    first_split,
+    fit_mixture,
+    gaussian_mixture,
+    largest,
+    running_maximum,
+)
+from jaxrobust.safeclip.steps import KINDS, adamw, create_state, text_views, training_step
+
+__all__ = [
+    "KINDS",
+    "METHODS",
+    "Mixture",
+    "Plan",
+    "Pool",
+    "Pretrained",
+    "Rate",
+    "Recipe",
+    "Split",
+    "Trust",
+    "adamw",
+    "by_rank",
+    "conformal",
+    "create_state",
+    "empty_pool",
+    "first_split",
+    "fit",
+    "fit_mixture",
+    "gaussian_mixture",
+    "largest",
+    "mixed_rates",
+    "nearest",
+    "official",
+    "passes",
+    "push",
+    "rate",
+    "running_maximum",
+    "similarities",
+    "text_views",
+    "training_step",
+]

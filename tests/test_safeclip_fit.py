@@ -1,0 +1,183 @@
+"""Whole runs: schedules, growth of the safe set, and a stop at any moment."""
+
+import numpy as np
+import pytest
+
+from jaxrobust import checkpoint, parallel, safeclip
+from tests.tiny_clip import SHAPE, WORDS, tiny_clip
+
+N, BATCH = 64, 8
+RANDOM = np.random.default_rng(1)
+IMAGES = RANDOM.random((N, *SHAPE), dtype=np.float32)
+TOKENS = RANDOM.integers(0, WORDS, (N, 3, 6)).astype(np.int32)
+CLIP = tiny_clip()
+SHORT = {
+    "epochs": 6, "unimodal_epochs": 1, "slow_epochs": 1, "batch_size": BATCH, "peak": 1e-2,
+    "slow_rate": 1e-3, "warmup": 4, "pool": 20, "growth": 0.05, "bounds": (0.0, 1.0),
+}  # fmt: skip
+
+
+def recipe(**changes):
+    return safeclip.Recipe(**{**SHORT, **changes})
+
+
+def fit(recipe, **options):
+    settings = {"progress": False, "mesh": parallel.data_mesh(1), **options}
+    return safeclip.fit(CLIP, recipe, IMAGES, TOKENS, **settings)
+
+
+def same(one, other):
+    assert one.history == other.history
+    for name in ("image", "text", "logit_scale"):
+        np.testing.assert_array_equal(one.state.params[name], other.state.params[name])
+    np.testing.assert_array_equal(one.trust.safe, other.trust.safe)
+    np.testing.assert_array_equal(one.trust.scores, other.trust.scores)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return fit(recipe())
+
+
+def test_the_phases_follow_each_other(whole):
+    kinds = [sorted(k for k in e if k.startswith("steps_")) for e in whole.history]
+    assert kinds[0] == ["steps_unimodal"]
+    assert kinds[1] == ["steps_two_views"]
+    assert all(k == ["steps_two_views", "steps_unimodal"] for k in kinds[2:])
+
+
+def test_the_safe_set_is_of_the_announced_size_and_the_rest_is_risky(whole):
+    first = whole.history[2]["safe_share"]
+    for entry in whole.history[2:]:
+        share = min(first + 0.05 * (entry["epoch"] - 3), 0.85)
+        expected = int(share * N) if entry["epoch"] > 3 else round(first * N)
+        assert round(entry["safe_share"] * N) == expected
+        assert entry["steps_two_views"] == expected // BATCH
+        assert entry["steps_unimodal"] == (N - expected) // BATCH
+
+
+class Stop(Exception):
+    """A run that is cut off."""
+
+
+@pytest.mark.parametrize("after", [1, 4, 13, 17, 25])
+def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, after):
+    seen = []
+    original = checkpoint.save
+
+    def save(*args, **options):
+        original(*args, **options)
+        seen.append(args[1])
+        if len(seen) == after:
+            raise Stop
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(Stop):
+        fit(recipe(), directory=tmp_path, save_every=-1)
+    monkeypatch.undo()
+    same(fit(recipe(), directory=tmp_path, save_every=1e9), whole)
+
+
+def test_a_finished_run_is_not_run_again(whole, tmp_path):
+    first = fit(recipe(), directory=tmp_path)
+    again = fit(recipe(), directory=tmp_path)
+    same(first, whole)
+    same(again, whole)
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    fit(recipe(epochs=3), directory=tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="expected a run with seed"):
+        fit(recipe(epochs=3), directory=tmp_path, seed=5)
+
+
+def test_eight_devices_give_the_same_losses_and_the_same_split(whole):
+    many = fit(recipe(), mesh=parallel.data_mesh(8))
+    for ours, theirs in zip(whole.history, many.history, strict=True):
+        for name in ours:
+            if name.startswith("loss"):
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
+    np.testing.assert_array_equal(many.trust.safe, whole.trust.safe)
+
+
+@pytest.mark.parametrize("method", ["clip", "clip_augmented", "roclip"])
+def test_baselines_use_all_pairs_in_every_epoch(method):
+    found = fit(recipe(method=method, epochs=3))
+    for entry in found.history:
+        assert sum(v for k, v in entry.items() if k.startswith("steps_")) == N // BATCH
+    assert found.history[-1][next(k for k in found.history[-1] if "loss" in k)] > 0
+    assert found.trust.safe.all()
+
+
+def test_the_official_run_differs_from_the_fixed_one(whole):
+    settings = {k: v for k, v in SHORT.items() if k not in ("bounds",)}
+    settings["slow_rate"] = 1e-3
+    found = fit(safeclip.official(**settings), views=lambda keys, images: images)
+    assert found.history[-1]["epoch"] == 6
+    assert np.abs(found.state.params["image"] - whole.state.params["image"]).max() > 1e-4
+
+
+def plan(warmup):
+    fractions = [min(0.1441 + 0.01 * k, 0.85) for k in range(26)]
+    return safeclip.Plan(1008500 // 512, 512, 1008500, 7, 32, fractions, 5e-4, warmup)
+
+
+# Of the notes on the authors' schedule: rates at the first and last step of an epoch.
+OFFICIAL = [
+    (10_000, 7, (1.9e-4, 2.0e-4), (2.7e-4, 7e-6)),
+    (10_000, 13, (3.4e-4, 3.6e-4), (7e-5, 3e-5)),
+    (10_000, 32, (4.7e-4, 5.0e-4), (2.3e-4, 4.5e-4)),
+    (1_000, 7, (4.5e-4, 4.5e-4), (2.9e-5, 6e-7)),
+    (1_000, 13, (2.8e-4, 2.6e-4), (2.6e-4, 3.6e-4)),
+    (1_000, 32, (7e-5, 1.1e-4), (1e-5, 0)),
+]
+
+
+@pytest.mark.parametrize(("warmup", "epoch", "safe", "risky"), OFFICIAL)
+def test_the_official_schedule_is_the_authors(warmup, epoch, safe, risky):
+    settings = plan(warmup)
+    rates = safeclip.mixed_rates(settings, epoch, "official")
+    steps = settings.safe_steps[epoch - 7], settings.risky_steps[epoch - 7]
+    for rate, count, expected in zip(rates, steps, (safe, risky), strict=True):
+        last = rate._replace(position=rate.position + count - 1)
+        found = float(rate.value()), float(last.value())
+        np.testing.assert_allclose(found, expected, rtol=0.06, atol=1.2e-6)
+
+
+def test_fixed_schedules_end_at_zero_when_training_does():
+    settings = plan(10_000)
+    for rate, steps in zip(
+        safeclip.mixed_rates(settings, 32, "fixed"),
+        (settings.safe_steps, settings.risky_steps),
+        strict=True,
+    ):
+        end = rate._replace(position=rate.position + steps[-1])
+        assert float(end.position) == sum(steps)
+        np.testing.assert_allclose(end.value(), 0, atol=1e-10)
+        highest = max(
+            float(rate._replace(position=np.float32(k)).value()) for k in range(0, sum(steps), 50)
+        )
+        assert highest == pytest.approx(5e-4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "siglip"}, "method must be one of"),
+        ({"epochs": 2}, "epochs must exceed unimodal_epochs . slow_epochs = 2, got 2"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
+        ({"memory": 1.0}, "memory must be in .0, 1., got 1.0"),
+        ({"schedule": "mended"}, "schedule must be one of"),
+        ({"growth": -0.1}, "growth must be >= 0, got -0.1"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"images must be .n, h, w, c. and tokens"):
+        safeclip.fit(CLIP, recipe(), IMAGES, TOKENS[:, 0])
+    with pytest.raises(ValueError, match="batch_size must be <= 64, the number of pairs, got 65"):
+        fit(recipe(batch_size=65))
