@@ -73,7 +73,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(Stop):
-        fit(recipe(), directory=tmp_path, save_every=-1)
+        fit(recipe(), directory=tmp_path, save_every=-1.0)
     monkeypatch.undo()
     same(fit(recipe(), directory=tmp_path, save_every=1e9), whole)
 
