@@ -17,7 +17,7 @@ import json
 import os
 import unicodedata
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ _CLIP_MERGES = 49_152 - 2 * BYTES - 2 + BYTES  # lines of its file that CLIP use
 _NOT_BPE_FILE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 # How CLIP cuts a text into words, after lower-casing (its clip/simple_tokenizer.py).
 _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+_CONTROL = (*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF)
+_PLAIN = {
+    **{0xFF01 + i: 0x21 + i for i in range(94)},  # full width
+    **dict.fromkeys(_CONTROL),
+    **dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'"),
+    **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
+    **{
+        0xFB00 + i: text for i, text in enumerate(("ff", "fi", "fl", "ffi", "ffl", "\u017ft", "st"))
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Tokenizer:
         """Number of ids, which a text encoder must have."""
         return max(self.start, self.end) + 1
 
-    def __call__(self, captions: Sequence[str]) -> Int32[np.ndarray, "n length"]:
+    def __call__(self, captions: Iterable[Any]) -> Int32[np.ndarray, "n length"]:
         """Ids of captions.
 
         Args:
@@ -110,7 +121,7 @@ class Tokenizer:
 
 
 def bpe_tokenizer(
-    captions: Iterable[str], *, vocabulary: int = 4096, length: int = 77
+    captions: Iterable[Any], *, vocabulary: int = 4096, length: int = 77
 ) -> Tokenizer:
     """Byte-level byte-pair encoding, trained on captions.
 
@@ -154,8 +165,8 @@ def bpe_tokenizer(
 def clip_tokenizer(path: str | os.PathLike, *, length: int = 77) -> Tokenizer:
     """CLIP's own tokenizer, from the file that holds its vocabulary.
 
-    Cleaning is CLIP's but for the mending of broken encodings (the package ftfy), which leaves
-    nearly all captions as they are.
+    Cleaning is CLIP's but for the mending of texts that were decoded by the wrong code page (the
+    package ftfy).
 
     Args:
         path: OpenAI's "bpe_simple_vocab_16e6.txt.gz", or a "tokenizer.json" as Hugging Face's
@@ -191,14 +202,15 @@ def clip_tokenizer(path: str | os.PathLike, *, length: int = 77) -> Tokenizer:
 
 
 def clean(caption: str) -> str:
-    """A caption as tokenizers see it.
+    """A caption as tokenizers see it: references resolved, composed (NFC), lower case, one space.
 
-    Character references are resolved twice, as CLIP does ("&amp;lt;" is found in web captions);
-    halves of a character that JSON may hold, and UTF-8 may not, become "?".
+    Character references are resolved twice, as CLIP does ("&amp;lt;" is found in web captions).
+    Curly quotes, ligatures and full-width letters become plain ones and control characters go, as
+    by ftfy, which CLIP applies. Halves of a character that JSON may hold, and UTF-8 may not,
+    become "?".
     """
-    caption = caption.encode("utf-8", "replace").decode()
-    caption = unicodedata.normalize("NFC", html.unescape(html.unescape(caption)))
-    caption = caption.encode("utf-8", "replace").decode()  # "&#xd800;"
+    caption = html.unescape(html.unescape(caption)).encode("utf-8", "replace").decode()
+    caption = unicodedata.normalize("NFC", caption.translate(_PLAIN))
     return " ".join(caption.split()).lower()
 
 
@@ -276,7 +288,7 @@ def _canonical(definition: str) -> str:
     return json.dumps(json.loads(definition), ensure_ascii=False, separators=(",", ":"))
 
 
-def _strings(captions: Iterable[str]) -> list[str]:
+def _strings(captions: Iterable[Any]) -> list[str]:
     if isinstance(captions, str):
         raise ValueError(f"captions must be a sequence of strings, got the string {captions!r}")
     captions = list(captions)
