@@ -1,5 +1,6 @@
 """The dual encoder: one sphere, gradients to both towers, batch statistics, zero-shot."""
 
+import functools
 import json
 import math
 
@@ -26,8 +27,10 @@ X = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
 TOKENS = jnp.array([[10, i % 9 + 1, i // 2 + 1, 11, 0] for i in range(8)], jnp.int32)
 CNN = models.clip(TOWERS["cnn"], projection=False, **TEXT)
 CNN_VARIABLES = CNN.init(KEY, (16, 16, 3))
+IMAGES, TEXTS = (jax.jit(encode, static_argnames="taps") for encode in CNN[1:3])
 
 
+@functools.cache
 def made(name):
     clip = models.clip(TOWERS[name], projection=JOINED[name], **TEXT)
     return clip, clip.init(KEY, (16, 16, 3))
@@ -60,32 +63,34 @@ def test_both_towers_end_on_one_sphere_and_learn(name):
         norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(grads[part])]
         assert np.isfinite(norms).all(), part
         assert max(norms) > 1e-5, part
-    shrunk = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
+    # To first order a hundredth of the loss, whatever the tower's scale is.
+    size = 0.01 * value / sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+    shrunk = jax.tree.map(lambda p, g: p - size * g, params, grads)
     assert step(shrunk)[0] < value
 
 
 def test_embeddings_are_unit_rows_of_the_towers_own_outputs():
     clip, variables = made("vit")
     params = variables["params"]
-    features = TOWERS["vit"].apply({"params": params["image"]}, X)
+    features = jax.jit(TOWERS["vit"].apply)({"params": params["image"]}, X)
     image = np.asarray(features @ params["projection"])
-    np.testing.assert_allclose(
-        clip.encode_image(variables, X), image / np.linalg.norm(image, axis=1, keepdims=True),
-        rtol=1e-5, atol=1e-6,
-    )  # fmt: skip
+    found = jax.jit(clip.encode_image)(variables, X)
+    unit = image / np.linalg.norm(image, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, unit, rtol=1e-5, atol=1e-6)
     options = {k: v for k, v in TEXT.items() if k != "dim"}
-    text = models.text_encoder(**options, projection=6).apply({"params": params["text"]}, TOKENS)
+    encoder = models.text_encoder(**options, projection=6)
+    text = jax.jit(encoder.apply)({"params": params["text"]}, TOKENS)
     np.testing.assert_allclose(
-        clip.encode_text(variables, TOKENS), text / np.linalg.norm(text, axis=1, keepdims=True),
+        TEXTS(variables, TOKENS), text / np.linalg.norm(text, axis=1, keepdims=True),
         rtol=1e-5, atol=1e-6,
     )  # fmt: skip
-    assert clip.encode_text(variables, TOKENS).dtype == jnp.float32
+    assert TEXTS(variables, TOKENS).dtype == jnp.float32
 
 
 def test_training_without_batch_statistics_is_inference():
-    image, text, stats = CNN.train(CNN_VARIABLES, X, TOKENS)
-    np.testing.assert_allclose(image, CNN.encode_image(CNN_VARIABLES, X), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(text, CNN.encode_text(CNN_VARIABLES, TOKENS), rtol=1e-5, atol=1e-6)
+    image, text, stats = jax.jit(CNN.train)(CNN_VARIABLES, X, TOKENS)
+    np.testing.assert_allclose(image, IMAGES(CNN_VARIABLES, X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(text, TEXTS(CNN_VARIABLES, TOKENS), rtol=1e-5, atol=1e-6)
     assert stats == {}
 
 
@@ -99,20 +104,21 @@ def test_the_scale_starts_where_clips_does():
 
 def test_taps_of_both_towers_can_be_read():
     clip, variables = made("resnet")
-    rows, taps = clip.encode_image(variables, X, taps=("attnpool.maps", "layer2"))
+    encode = jax.jit(clip.encode_image, static_argnames="taps")
+    rows, taps = encode(variables, X, taps=("attnpool.maps", "layer2"))
     assert rows.shape == (8, 6)
     # 16 pixels, halved by the stem twice and by the second stage once; and the mean of all.
     assert taps["attnpool.maps"].shape == (8, 2, 2 * 2 + 1)
     np.testing.assert_allclose(taps["attnpool.maps"].sum(-1), 1, rtol=1e-6)
     assert taps["layer2"].shape == (8, 2, 2, 32)
-    rows, taps = clip.encode_text(variables, TOKENS, taps=("features",))
-    np.testing.assert_allclose(losses.unit_rows(taps["features"]), rows)
+    rows, taps = TEXTS(variables, TOKENS, taps=("features",))
+    np.testing.assert_allclose(losses.unit_rows(taps["features"]), rows, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", [2, 8])
 def test_batch_statistics_are_those_of_the_global_batch(devices):
     clip, variables = made("resnet")
-    whole = jax.jit(clip.train)(variables, X, TOKENS)
+    whole = jax.jit(clip.train, static_argnames="dtype")(variables, X, TOKENS, dtype=None)
     spec = PartitionSpec
     mapped = jax.jit(
         jax.shard_map(
@@ -146,14 +152,16 @@ def test_it_can_be_built_again_after_json(name):
     clip, variables = made(name)
     again = models.build(**json.loads(json.dumps(clip.config)))
     assert again.config == clip.config
-    np.testing.assert_array_equal(again.encode_image(variables, X), clip.encode_image(variables, X))
-    assert jax.tree.structure(again.init(KEY, (16, 16, 3))) == jax.tree.structure(variables)
+    found, expected = (jax.jit(c.encode_image)(variables, X) for c in (again, clip))
+    np.testing.assert_array_equal(found, expected)
+    like = jax.eval_shape(lambda: again.init(KEY, (16, 16, 3)))
+    assert jax.tree.structure(like) == jax.tree.structure(variables)
 
 
 def test_zero_shot_is_the_scaled_cosine_to_the_prototypes():
     prototypes = losses.unit_rows(jax.random.normal(KEY, (4, 6)))
     logits = models.zero_shot(CNN, prototypes)(CNN_VARIABLES, X)
-    cosine = np.asarray(CNN.encode_image(CNN_VARIABLES, X)) @ np.asarray(prototypes).T
+    cosine = np.asarray(IMAGES(CNN_VARIABLES, X)) @ np.asarray(prototypes).T
     np.testing.assert_allclose(logits, cosine / 0.07, rtol=1e-5, atol=1e-5)
     held = {**CNN_VARIABLES, "prototypes": prototypes}
     np.testing.assert_allclose(models.zero_shot(CNN)(held, X), logits, rtol=1e-5, atol=1e-5)
@@ -210,7 +218,8 @@ def test_an_attack_lowers_the_true_class():
 def test_a_resnet_block_starts_as_its_shortcut_and_halves_by_means():
     tower = models.clip_resnet((2, 1), 4, projection=6, norm="group")
     variables = tower.init(KEY, (16, 16, 3))
-    _, taps = tower.apply(variables, X, taps=("layer1.0", "layer1.1", "bn3"))
+    apply = jax.jit(tower.apply, static_argnames="taps")
+    _, taps = apply(variables, X, taps=("layer1.0", "layer1.1"))
     np.testing.assert_array_equal(taps["layer1.1"], taps["layer1.0"])
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     expected = [[2.5, 4.5], [10.5, 12.5]]
@@ -253,7 +262,7 @@ def test_published_sizes_have_their_published_counts():
          lambda: models.clip(models.jpeg(), **TEXT).init(KEY, (16, 16, 3))),
         ("dim must be an integer >= 1", lambda: models.clip(TOWERS["vit"], **{**TEXT, "dim": 0})),
         ("heads", lambda: models.clip(TOWERS["vit"], **{**TEXT, "heads": 3})),
-        ("key must be typed", lambda: CNN.init(0, (16, 16, 3))),
+        ("key must be typed", lambda: CNN.init(jax.random.PRNGKey(0), (16, 16, 3))),
         (r"prototypes must be \[classes, 6\], got shape \(2, 5\)",
          lambda: models.zero_shot(CNN, np.zeros((2, 5)))),
         (r"prototypes must be \[classes, 6\], got shape \(6,\)",
