@@ -5,8 +5,8 @@
     zero_shot(scores, labels)                      {"top1": .., "top5": ..}
     poison_success(target_scores, adversarial)     Share(successes, n, estimate, low, high)
 
-`encode_images` is any [b, h, w, c] -> [b, d], `encode_captions` any sequence of texts -> [b, d];
-both are called with batches of one size, so that a jitted one compiles once.
+`encode_images` is any [b, h, w, c] -> [b, d], `encode_captions` any list of texts -> [b, d]. Both
+are called with batches of one size, so that a jitted one compiles once.
 """
 
 from collections.abc import Callable, Sequence
@@ -134,8 +134,8 @@ def retrieval(
     images: Real[np.ndarray, "n d"],
     texts: Real[np.ndarray, "m d"],
     *,
-    image_ids: Integer[np.ndarray, "n"] | None = None,
-    text_ids: Integer[np.ndarray, "m"] | None = None,
+    image_ids: Integer[np.ndarray, "_"] | None = None,
+    text_ids: Integer[np.ndarray, "_"] | None = None,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """Recall at k both ways: is a right one among the k nearest?
@@ -275,7 +275,7 @@ def try_backdoor(
     return backdoor_success(*scores, labels, target, k=k)
 
 
-def leak(safe: Bool[np.ndarray, "n"], poisoned: Bool[np.ndarray, "n"]) -> Share:
+def leak(safe: Bool[np.ndarray, "n"], poisoned: Bool[np.ndarray, "_"]) -> Share:
     """Share of the poisons that are in the safe set; n counts poisons, and may be 0.
 
     Raises:
@@ -288,7 +288,7 @@ def leak(safe: Bool[np.ndarray, "n"], poisoned: Bool[np.ndarray, "n"]) -> Share:
     return _share(safe[poisoned])
 
 
-def detection(scores: Real[np.ndarray, "n"], poisoned: Bool[np.ndarray, "n"]) -> Detection:
+def detection(scores: Real[np.ndarray, "n"], poisoned: Bool[np.ndarray, "_"]) -> Detection:
     """Area under the ROC curve and average precision of a score of suspicion.
 
     Args:

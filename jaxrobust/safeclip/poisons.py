@@ -19,6 +19,9 @@ from jaxrobust.safeclip.templates import ATTACK, holds, prompts
 
 Rate = int | float
 
+# Added pairs are numbered from here, so that none has the id of an image held out elsewhere.
+FIRST_ID = 2**30
+
 
 def targeted(
     pairs: Pairs,
@@ -45,7 +48,7 @@ def targeted(
         canary: planted by the defender.
 
     Returns:
-        The pairs with the poisons behind them, under new ids; and the manifest.
+        The pairs with the poisons behind them, under new ids from `FIRST_ID`; and the manifest.
 
     Raises:
         ValueError: images that do not fit the pairs' or the classes' number, a target whose own
@@ -62,7 +65,7 @@ def targeted(
         if holds(caption, name):
             raise ValueError(f"a target must not be of its adversarial class {name!r}: {caption!r}")
     counts = _counts(len(classes), len(pairs.captions), per_target, total)
-    random, free = _random(seed), _free_id(pairs, targets)
+    random, free = _random(seed), _free_id(pairs)
     poisons = []
     for source, name, count in zip(targets.indices, classes, counts, strict=True):
         captions = _captions(pairs, name, templates, count, random)
@@ -128,7 +131,7 @@ def backdoor(
     chosen = pool.take(rows)
     sources = tuple(int(index) for index in chosen.indices)
     if dirty:
-        free = _free_id(pairs, pool)
+        free = _free_id(pairs)
         ids = tuple(range(free, free + count))
         captions = _captions(pairs, target, templates, count, random)
         kind = "backdoor"
@@ -213,9 +216,8 @@ def _check_fit(pairs, others, name):
         )
 
 
-def _free_id(*sets):
-    """Behind all ids of these sets, so that nobody takes a poison for an image held out."""
-    return 1 + max(int(pairs.indices.max(initial=-1)) for pairs in sets)
+def _free_id(pairs):
+    return max(FIRST_ID, 1 + int(pairs.indices.max(initial=-1)))
 
 
 def _random(seed):

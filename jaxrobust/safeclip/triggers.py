@@ -284,7 +284,7 @@ def _checked(images, indices, redrawn):
     return x.astype(np.float32), indices
 
 
-def _draws(*seeds: int) -> np.random.RandomState:
+def _draws(*seeds: int | np.integer) -> np.random.RandomState:
     """A stream of its own for these numbers; RandomState's streams are the same for all time."""
     return np.random.RandomState([int(seed) for seed in seeds])
 
