@@ -3,12 +3,16 @@
     poisoned, manifest = safeclip.targeted(pairs, ...)
     clip = models.clip(tower, vocabulary=tokenizer.vocabulary)
     fitted = safeclip.fit(clip, safeclip.Recipe(), poisoned.images, tokens, views=views)
-    safeclip.poison_success(...)
+    safeclip.metrics.poison_success(...)
 
 Source: Yang et al. 2024, "Better Safe than Sorry" (arXiv:2310.05862).
 """
 
+from jaxrobust.safeclip import density, metrics, templates, triggers
+from jaxrobust.safeclip.canaries import canaries
 from jaxrobust.safeclip.fit import Pretrained, Trust, fit
+from jaxrobust.safeclip.manifest import Manifest
+from jaxrobust.safeclip.poisons import backdoor, targeted
 from jaxrobust.safeclip.pool import Pool, empty_pool, nearest, push
 from jaxrobust.safeclip.rates import Plan, Rate, mixed_rates, rate
 from jaxrobust.safeclip.recipe import METHODS, Recipe, official, passes
@@ -29,6 +33,7 @@ from jaxrobust.safeclip.steps import KINDS, adamw, create_state, text_views, tra
 __all__ = [
     "KINDS",
     "METHODS",
+    "Manifest",
     "Mixture",
     "Plan",
     "Pool",
@@ -38,15 +43,19 @@ __all__ = [
     "Split",
     "Trust",
     "adamw",
+    "backdoor",
     "by_rank",
+    "canaries",
     "conformal",
     "create_state",
+    "density",
     "empty_pool",
     "first_split",
     "fit",
     "fit_mixture",
     "gaussian_mixture",
     "largest",
+    "metrics",
     "mixed_rates",
     "nearest",
     "official",
@@ -55,6 +64,9 @@ __all__ = [
     "rate",
     "running_maximum",
     "similarities",
+    "targeted",
+    "templates",
     "text_views",
     "training_step",
+    "triggers",
 ]

@@ -1,6 +1,7 @@
 """Training: state, objectives, steps, schedules and the loop."""
 
 from jaxrobust.training.fit import Fitted, fit
+from jaxrobust.training.linear_head import fit_head
 from jaxrobust.training.logging import metric_logger, read_metrics
 from jaxrobust.training.objectives import (
     Context,
@@ -27,6 +28,7 @@ __all__ = [
     "create_state",
     "denoising",
     "fit",
+    "fit_head",
     "gaussian",
     "guarded_n_fgsm",
     "learning_rate",
