@@ -36,14 +36,15 @@ _NOT_BPE_FILE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 _CONTROL = (*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF)
+_LIGATURES = (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07))
 _PLAIN = {
     **{0xFF01 + i: 0x21 + i for i in range(94)},  # full width
     **dict.fromkeys(_CONTROL),
     **dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'"),
     **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
-    **{
-        0xFB00 + i: text for i, text in enumerate(("ff", "fi", "fl", "ffi", "ffl", "\u017ft", "st"))
-    },
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in _LIGATURES},
+    0x149: "'n",
+    0xFB05: "\u017ft",  # NFKC would shorten its long s
 }
 
 

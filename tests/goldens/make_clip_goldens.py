@@ -44,7 +44,7 @@ CAPTIONS = (
     "🍎 an apple", "hotdog hot dog", "they'll say &amp;amp; don't", "the " * 20, "Ünïcödé",
     "naïve, co-operate_1st", "a\u00a0dog\u3000apple", "I'M here; it'S", "cafe\u0301",
     "don\u2019t \u201cquote\u201d", "\ufb01ne a\ufb04e", "\uff21\uff22\uff01",
-    "th\x00e\ufeff cat\x1b",
+    "th\x00e\ufeff cat\x1b", "\u0133s \u01c6ep",
 )  # fmt: skip
 
 
