@@ -6,7 +6,16 @@ import textwrap
 import numpy as np
 import pytest
 
-from jaxrobust.data import batches, foolbox_photos, load, loading, names, packages, source
+from jaxrobust.data import (
+    batches,
+    check_images,
+    foolbox_photos,
+    load,
+    loading,
+    names,
+    packages,
+    source,
+)
 from jaxrobust.data import dataset as dataset_module
 
 
@@ -276,3 +285,26 @@ def test_taken_examples_keep_all_that_is_theirs(rows):
     for name in ("images", "labels", "indices", "salience"):
         np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
     assert whole._replace(salience=None).take(rows).salience is None
+
+
+GREY = np.zeros((2, 4, 4, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (255 * (GREY + 1), ValueError, r"must lie in .0, 1., got values from 255 to 255"),
+        (GREY - 0.5, ValueError, r"must lie in .0, 1., got values from -0.5 to -0.5"),
+        (GREY + np.nan, ValueError, r"must lie in .0, 1., got values from nan to nan"),
+        (GREY.astype(np.uint8), TypeError, r"must be floating point in .0, 1., got uint8"),
+        (GREY[0], ValueError, r"must be .n, h, w, c. with n >= 1, got shape \(4, 4, 1\)"),
+        (GREY[:0], ValueError, r"with n >= 1, got shape \(0, 4, 4, 1\)"),
+    ],
+)
+def test_images_of_another_range_or_kind_are_refused(images, error, message):
+    with pytest.raises(error, match=message):
+        check_images(images)
+
+
+def test_images_a_rounding_outside_the_range_are_taken():
+    check_images(GREY + np.float32(1 + 1e-7))

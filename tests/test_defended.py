@@ -9,7 +9,7 @@ import optax
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from jaxrobust import attacks, cropd, losses, models, training
+from jaxrobust import attacks, checkpoint, cropd, losses, models, training
 
 SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 6
 RANDOM = np.random.default_rng(0)
@@ -243,3 +243,31 @@ def test_a_bound_needs_a_preprocessor_and_a_head():
             models.defend(None, None, FOUNDATION), {}, IMAGES, LABELS,
             attack=attacks.linf_pgd(0.1), key=jax.random.key(0),
         )  # fmt: skip
+
+
+def test_a_foundation_of_another_input_size_is_named():
+    foundation = models.vit(4, 8, 1, 2, classes=3)
+    fitting = models.defend(None, (8, 8), foundation)
+    built = fitting.init(jax.random.key(0), SHAPE)
+    fitting.apply(built, IMAGES)
+    other = models.defend(None, (12, 12), foundation)
+    with pytest.raises(ValueError, match="gives 5 positions, got 10 from 9 patches"):
+        other.apply(built, IMAGES)
+
+
+def test_features_of_images_in_another_range_are_refused(variables):
+    with pytest.raises(ValueError, match=r"images must lie in .0, 1., got values from 0"):
+        cropd.features(DEFENDED, variables, 255 * IMAGES)
+
+
+def test_saved_weights_with_missing_or_surplus_entries_are_named(variables, tmp_path):
+    path, whole = tmp_path / "weights.safetensors", jax.tree.map(np.asarray, variables)
+    head = whole["params"]["head"]
+    for changed, name in (
+        ({"kernel": head["kernel"]}, "head.bias"),
+        ({**head, "scale": head["bias"]}, "head.scale"),
+    ):
+        params = {**whole["params"], "head": changed}
+        checkpoint.save_weights(path, {**whole, "params": params})
+        with pytest.raises(checkpoint.CheckpointError, match=name):
+            checkpoint.load_weights(path, whole)

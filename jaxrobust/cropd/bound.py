@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrobust import losses
 from jaxrobust.attacks.inputs import check_labels, example_keys
+from jaxrobust.data import check_images
 from jaxrobust.evaluation import LossOfModel
 from jaxrobust.models import Model
 from jaxrobust.models.defended import flat
@@ -87,7 +88,7 @@ def bound_report(
     if config.get("head") is None or config.get("preprocessor") is None:
         raise ValueError("defended must have a preprocessor and a head of its own")
     taps = f"preprocessor.{code}", f"foundation.{config['tap']}"
-    images = np.asarray(images)
+    images = check_images(images)
     labels = np.asarray(check_labels(labels, len(images), config["head"]))
     keys = example_keys(key, len(images))
     look = jax.jit(lambda variables, x: _look(defended, variables, x, taps))

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from jaxrobust import parallel
 from jaxrobust.attacks.inputs import check_steps
+from jaxrobust.data import check_images
 from jaxrobust.models import Model
 from jaxrobust.models.defended import Features
 from jaxrobust.training.linear_head import fit_head
@@ -46,7 +47,7 @@ def features(
     check_steps(batch_size, "batch_size")
     if defended.config.get("name") != "defended":
         raise ValueError(f"defended must be made by models.defend, got {defended.config}")
-    images = np.asarray(images)
+    images = check_images(images)
     devices = 1 if mesh is None else mesh.size
     size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
     place = jax.device_put if mesh is None else lambda x: parallel.shard_batch(x, mesh)

@@ -11,17 +11,22 @@ for, and TensorFlow never is.
 from jaxrobust.data.augment import compose, cutout, flip, pad_crop
 from jaxrobust.data.batching import batches, epoch_order, steps_per_epoch, stream
 from jaxrobust.data.corruptions import CORRUPTIONS, corrupt
-from jaxrobust.data.dataset import Dataset, Source
+from jaxrobust.data.dataset import Dataset, Source, check_images
 from jaxrobust.data.folder import load_folder
 from jaxrobust.data.loading import load, names, source
 from jaxrobust.data.photos import foolbox_photos
 from jaxrobust.data.prefetching import prefetch
+from jaxrobust.data.tokens import Tokenizer, bpe_tokenizer, clip_tokenizer
 
 __all__ = [
     "CORRUPTIONS",
     "Dataset",
     "Source",
+    "Tokenizer",
     "batches",
+    "bpe_tokenizer",
+    "check_images",
+    "clip_tokenizer",
     "compose",
     "corrupt",
     "cutout",

@@ -45,6 +45,24 @@ class Dataset(NamedTuple):
         )
 
 
+def check_images(images: Any) -> np.ndarray:
+    """Images as an array, or an error where they are not n >= 1 float images in [0, 1].
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: not [n, h, w, c], none, a NaN, or values outside [0, 1] by more than rounding.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise ValueError(f"images must lie in [0, 1], got values from {low:g} to {high:g}")
+    return images
+
+
 class Examples(NamedTuple):
     """Some decoded examples of a `Source`; the fields are those of `Dataset`."""
 

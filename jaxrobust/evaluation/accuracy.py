@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from jaxrobust import losses, metrics, parallel
 from jaxrobust.attacks.inputs import check_labels, example_keys
+from jaxrobust.data import check_images
 
 Apply = Callable[..., jax.Array]
 
@@ -175,11 +176,7 @@ def _batch_size(wanted, count, devices):
 
 
 def _checked(apply, variables, images, labels):
-    images = np.asarray(images)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
-    if not np.issubdtype(images.dtype, np.floating):
-        raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
+    images = check_images(images)
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     classes = jax.eval_shape(apply, variables, one).shape[-1]
     return images, np.asarray(check_labels(labels, len(images), classes))

@@ -180,6 +180,13 @@ class ViT(nn.Module):
         row = lambda v: jnp.broadcast_to(v.astype(patches.dtype), (b, *v.shape[1:]))  # noqa: E731
         first = self.pool == "cls"
         length = count + (first and self.embed_class)
+        if self.has_variable("params", "pos_embed"):
+            built = self.get_variable("params", "pos_embed").shape[1]
+            if built != length:
+                raise ValueError(
+                    f"x must have the size of `init`, which gives {built} positions, "
+                    f"got {length} from {count} patches"
+                )
         position = self.param("pos_embed", SMALL_NORMAL, (1, length, width), jnp.float32)
         position = position.astype(patches.dtype)
         parts = [patches + position[:, length - count :]]

@@ -101,6 +101,8 @@ def fit(
         raise ValueError(
             f"batch_size must be divisible by the {mesh.size} devices, got {batch_size}"
         )
+    if isinstance(dataset, data.Dataset):
+        data.check_images(dataset.images)
     per_epoch = data.steps_per_epoch(dataset, batch_size)
     total = epochs * per_epoch
     run = parallel.data_parallel(step, mesh, mapping=mapping)
