@@ -18,7 +18,7 @@ Images = Float[Array, "b h w c"]
 Mask = Float[Array, "b h w #c"]
 
 
-def _per_example(key: Array, count: int) -> Array:
+def per_example(key: Array, count: int) -> Array:
     """One key per example: those given, or row numbers folded into the one given."""
     if key.ndim == 1:
         if len(key) != count:
@@ -27,15 +27,23 @@ def _per_example(key: Array, count: int) -> Array:
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
 
 
-def _together(move: Callable, key: Array, images: Array, mask: Array | None) -> object:
+def moved_together(move: Callable, key: Array, images: Array, mask: Array | None) -> object:
     """Applies `move(key, image)` to each example with its mask as further channels."""
-    keys = _per_example(key, len(images))
+    keys = per_example(key, len(images))
     if mask is None:
         return jax.vmap(move)(keys, images)
     stacked = jnp.concatenate([images, mask.astype(images.dtype)], axis=-1)
     moved = jax.vmap(move)(keys, stacked)
     channels = images.shape[-1]
     return moved[..., :channels], moved[..., channels:].astype(mask.dtype)
+
+
+def recoloured(
+    change: Callable, key: Array, images: Array, mask: Array | None
+) -> Array | tuple[Array, Array]:
+    """Applies `change(key, image)` to each example; pixels stay where they are, and so the mask."""
+    changed = jax.vmap(change)(per_example(key, len(images)), images).astype(images.dtype)
+    return changed if mask is None else (changed, mask)
 
 
 @partial(jax.jit, static_argnames="pad")
@@ -66,7 +74,7 @@ def pad_crop(
         top, left = jax.random.randint(key, (2,), 0, 2 * pad + 1)
         return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
-    return _together(move, key, images, mask)
+    return moved_together(move, key, images, mask)
 
 
 @jax.jit
@@ -88,7 +96,7 @@ def flip(key: Keys, images: Images, mask: Mask | None = None) -> Images | tuple[
     def move(key: Array, image: Array) -> Array:
         return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
-    return _together(move, key, images, mask)
+    return moved_together(move, key, images, mask)
 
 
 @partial(jax.jit, static_argnames="size")
@@ -123,7 +131,7 @@ def cutout(
         hole &= (columns >= first_column) & (columns < first_column + size)
         return jnp.where(hole[..., None], 0, image)
 
-    return _together(move, key, images, mask)
+    return moved_together(move, key, images, mask)
 
 
 def compose(*transforms: Callable) -> Callable:
@@ -139,7 +147,7 @@ def compose(*transforms: Callable) -> Callable:
     def composed(
         key: Keys, images: Images, mask: Mask | None = None
     ) -> Images | tuple[Images, Mask]:
-        keys = _per_example(key, len(images))
+        keys = per_example(key, len(images))
         for position, transform in enumerate(transforms):
             own = jax.vmap(lambda key, number=position: jax.random.fold_in(key, number))(keys)
             if mask is None:

@@ -226,6 +226,25 @@ def decode_image(encoded: bytes, channels: int, size: int | None) -> UInt8[np.nd
     return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
 
 
+def is_readable(encoded: bytes) -> bool:
+    """Whether an image file can be decoded to its end.
+
+    A JPEG is decoded at an eighth of its size, which reads all of its bytes in a fraction of the
+    time.
+
+    Args:
+        encoded: the bytes of the file.
+    """
+    image_module = require("PIL.Image", "pillow", "decoding images")
+    try:
+        with image_module.open(io.BytesIO(encoded)) as opened:
+            opened.draft("RGB", (1, 1))
+            opened.load()
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError):
+        return False
+    return True
+
+
 def encode_png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
     """The PNG file of an image: [h, w, 1] grey or [h, w, 3] RGB, uint8."""
     image_module = require("PIL.Image", "pillow", "encoding images")

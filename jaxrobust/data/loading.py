@@ -114,7 +114,7 @@ def source(
     entry = ENTRIES[name]
     require("PIL.Image", "pillow", f"data set {name!r}")
     return _open(
-        _prepared(entry, data_dir), split, dataclasses.replace(entry, size=size or entry.size)
+        prepared(entry, data_dir), split, dataclasses.replace(entry, size=size or entry.size)
     )
 
 
@@ -126,8 +126,8 @@ def _builder(entry: Entry, data_dir: str | os.PathLike | None) -> Any:
     return builder_class(data_dir=directory, file_format="array_record", **config)
 
 
-def _prepared(entry: Entry, data_dir: str | os.PathLike | None) -> Any:
-    """A builder whose files are on disk."""
+def prepared(entry: Entry, data_dir: str | os.PathLike | None) -> Any:
+    """A builder whose files are on disk; the first call puts them there."""
     import tensorflow_datasets as tfds
 
     builder = _builder(entry, data_dir)

@@ -1,0 +1,158 @@
+"""Random changes of colour on the device: jitter and greying; keys and masks as in `augment`."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrobust.data.augment import Images, Keys, Mask, recoloured
+
+# ITU-R 601, as in pillow and torchvision.
+LUMA = (0.299, 0.587, 0.114)
+
+
+def check_share(name: str, value: float, most: float = 1.0) -> None:
+    """Refuses a number outside [0, most]."""
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} must be in [0, {most}], got {value}")
+
+
+def check_channels(images: Array) -> None:
+    """Refuses images that are neither grey nor RGB."""
+    if images.shape[-1] not in (1, 3):
+        raise ValueError(f"images must have 1 or 3 channels, got {images.shape[-1]}")
+
+
+def luma(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 1"]:
+    """Brightness of RGB pixels: 0.299 r + 0.587 g + 0.114 b."""
+    # Products and sums, not a dot, which accelerators would round to bfloat16.
+    return (image * jnp.array(LUMA, image.dtype)).sum(-1, keepdims=True)
+
+
+def shift_hue(image: Float[Array, "h w 3"], turn: Float[Array, ""]) -> Float[Array, "h w 3"]:
+    """Turns the hue of each RGB pixel, keeping HSV's saturation and value.
+
+    Args:
+        image: [h, w, 3] in [0, 1].
+        turn: in turns; 1/3 makes red green.
+    """
+    value = image.max(-1)
+    chroma = value - image.min(-1)
+    red, green, blue = jnp.moveaxis(image, -1, 0)
+    safe = jnp.where(chroma == 0, 1, chroma)
+    sixths = jnp.where(
+        value == red,
+        (green - blue) / safe,
+        jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    place = (jnp.array([5.0, 3.0, 1.0], image.dtype) + (sixths + 6 * turn)[..., None]) % 6
+    drop = jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
+    return value[..., None] - chroma[..., None] * drop
+
+
+@partial(jax.jit, static_argnames=("brightness", "contrast", "saturation", "hue", "probability"))
+def color_jitter(
+    key: Keys,
+    images: Images,
+    mask: Mask | None = None,
+    brightness: float = 0.5,
+    contrast: float = 0.5,
+    saturation: float = 0.5,
+    hue: float = 0.1,
+    probability: float = 0.8,
+) -> Images | tuple[Images, Mask]:
+    """Changes brightness, contrast, saturation and hue by random amounts in random order.
+
+    The first three: x <- clip(f x + (1 - f) base, 0, 1), f uniform in [1 - amount, 1 + amount],
+    base being black, the image's mean brightness, and each pixel's own brightness.
+
+    Args:
+        key: one typed key, or [b], one per example.
+        images: [b, h, w, c] in [0, 1], c = 1 or 3; grey images keep saturation and hue.
+        mask: returned as it is.
+        brightness: amount, in [0, 1].
+        contrast: amount, in [0, 1].
+        saturation: amount, in [0, 1].
+        hue: largest turn either way, in [0, 1/2] turns.
+        probability: that an example is changed at all.
+
+    Returns:
+        The images; or (images, mask) when a mask is given.
+
+    Raises:
+        ValueError: an amount is out of its range, the images have neither 1 nor 3 channels, or the
+            number of keys is not the number of images.
+
+    Source: torchvision's ColorJitter; amounts of SafeCLIP (Yang et al. 2023).
+    """
+    amounts = (brightness, contrast, saturation)
+    for name, amount in zip(("brightness", "contrast", "saturation"), amounts, strict=True):
+        check_share(name, amount)
+    check_share("hue", hue, 0.5)
+    check_share("probability", probability)
+    check_channels(images)
+    coloured = images.shape[-1] == 3
+
+    def change(key: Array, image: Array) -> Array:
+        # One draw for all, since each draw costs a second of compilation.
+        draws = jax.random.uniform(key, (9,))
+        factors = 1 + (2 * draws[1:4] - 1) * jnp.array(amounts)
+        order, turn = jnp.argsort(draws[4:8]), (2 * draws[8] - 1) * hue
+        changed = _jittered(image.astype(jnp.float32), factors, order, turn, coloured and hue > 0)
+        return jnp.where(draws[0] < probability, changed, image)
+
+    return recoloured(change, key, images, mask)
+
+
+def _jittered(image: Array, factors: Array, order: Array, turn: Array, with_hue: bool) -> Array:
+    """The four changes in `order`: 0 brightness, 1 contrast, 2 saturation, 3 hue.
+
+    Hue is the only dear one and one per image must do: the cheap three stand before and after it,
+    where a change whose turn is on the other side gets the factor 1, the identity.
+    """
+
+    def cheap(image: Array, number: Array, active: Array) -> Array:
+        factor = jnp.where(active & (number < 3), factors[jnp.minimum(number, 2)], 1)
+        grey = luma(image) if image.shape[-1] == 3 else image
+        base = jnp.where(number == 0, 0, jnp.where(number == 1, grey.mean(), grey))
+        return jnp.clip(factor * image + (1 - factor) * base, 0, 1)
+
+    turn_of_hue = jnp.argmax(order == 3)
+    for place in range(3):
+        image = cheap(image, order[place], place < turn_of_hue)
+    if with_hue:
+        image = shift_hue(image, turn)
+    for place in range(1, 4):
+        image = cheap(image, order[place], place > turn_of_hue)
+    return image
+
+
+@partial(jax.jit, static_argnames="probability")
+def grayscale(
+    key: Keys, images: Images, mask: Mask | None = None, probability: float = 0.2
+) -> Images | tuple[Images, Mask]:
+    """Replaces all channels of an image by its brightness, with a probability.
+
+    Args:
+        key: one typed key, or [b], one per example.
+        images: [b, h, w, c], c = 1 or 3.
+        mask: returned as it is.
+        probability: of becoming grey.
+
+    Returns:
+        The images; or (images, mask) when a mask is given.
+
+    Raises:
+        ValueError: probability is not in [0, 1], the images have neither 1 nor 3 channels, or the
+            number of keys is not the number of images.
+    """
+    check_share("probability", probability)
+    check_channels(images)
+
+    def change(key: Array, image: Array) -> Array:
+        if image.shape[-1] == 1:
+            return image
+        return jnp.where(jax.random.bernoulli(key, probability), luma(image), image)
+
+    return recoloured(change, key, images, mask)
