@@ -82,8 +82,9 @@ def test_synonyms_keep_the_punctuation_around_a_word():
         ("  ", "caption empty"),
         ("2019", "no letters"),
         ("!!! ??", "no letters"),
-    ]
-    + [("Dog", "one word"), ("犬と猫", "one word")],
+        ("Dog", "one word"),
+        ("犬と猫", "one word"),
+    ],
 )
 def test_what_has_no_variants_is_kept_and_counted(caption, reason):
     found = text_views([caption, LONG], 2, seed=0, synonyms=WORDS)

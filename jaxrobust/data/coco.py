@@ -1,0 +1,168 @@
+"""TFDS builder of COCO's captions, from its annotations and image folders, without TensorFlow.
+
+pairs = coco_pairs("val", size=224)          # a PairSource: five captions, five rows an image
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jaxrobust.data.dataset import Record, Source
+from jaxrobust.data.loading import Entry, prepared
+from jaxrobust.data.pair_faults import check_on_bad, row_faults, sift
+from jaxrobust.data.pair_tables import Row
+from jaxrobust.data.pairs import PairSource
+
+YEARS = ("2017", "2014")
+SPLITS = ("train", "val")
+_HOME = "https://cocodataset.org/#download"
+
+
+class JaxrobustCocoCaptions(tfds.core.GeneratorBasedBuilder):
+    """COCO: photographs with about five captions each; 2017 has 118,287 and 5,000 of them.
+
+    The unpacked images and annotations lie in downloads/manual/coco: annotations/
+    captions_train2017.json and captions_val2017.json, train2017/ and val2017/ (or 2014).
+    An example's index is COCO's image id. Captions lie in the metadata besides, so that they can
+    be read without the images.
+
+    Source: Chen et al. 2015 (Microsoft COCO Captions).
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [  # noqa: RUF012 - TFDS asks for a list
+        tfds.core.BuilderConfig(name=year, description=f"the splits of {year}") for year in YEARS
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                    "captions": tfds.features.Sequence(tfds.features.Text()),
+                    "index": tfds.features.Scalar(np.int64),
+                }
+            ),
+            homepage=_HOME,
+            # Row k of the metadata is example k.
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict:
+        folder = Path(dl_manager.download_dir) / "manual" / "coco"
+        year = self.builder_config.name
+        generators = {}
+        for split in SPLITS:
+            images = read_annotations(folder, f"{split}{year}")
+            self.info.metadata[split] = [[number, texts] for number, _, texts in images]
+            generators[split] = self._generate_examples(images)
+        return generators
+
+    def _generate_examples(self, images: list) -> Iterator[tuple[int, dict]]:
+        for number, path, texts in images:
+            captions = [text if isinstance(text, str) else "" for _, text in texts]
+            image = io.BytesIO(path.read_bytes())
+            yield number, {"image": image, "captions": captions, "index": number}
+
+
+def read_annotations(folder: Path, split: str) -> list[tuple[int, Path, list[list]]]:
+    """The images of a split with their captions.
+
+    Args:
+        folder: holds annotations/captions_<split>.json and the images in <split>/.
+        split: such as "train2017".
+
+    Returns:
+        (image id, file, [[annotation id, caption], ...]) in the order of the ids.
+
+    Raises:
+        FileNotFoundError: annotations or images are missing; the message says which and where.
+        ValueError: an annotation names an image that is not listed.
+    """
+    table = folder / "annotations" / f"captions_{split}.json"
+    if not table.is_file():
+        raise FileNotFoundError(
+            f"data set 'coco' needs {table} and the images of {folder / split}: unpack "
+            f"the archives of {_HOME} there"
+        )
+    content = json.loads(table.read_text("utf-8"))
+    captions: dict[int, list[list]] = {image["id"]: [] for image in content["images"]}
+    for note in sorted(content["annotations"], key=lambda note: note["id"]):
+        if note["image_id"] not in captions:
+            raise ValueError(f"{table}: annotation {note['id']} is of no listed image")
+        captions[note["image_id"]].append([note["id"], note["caption"]])
+    files = {image["id"]: folder / split / image["file_name"] for image in content["images"]}
+    missing = sorted(path for path in files.values() if not path.is_file())
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(files)} images of {table} are missing, the first is "
+            f"{missing[0]}: unpack the archives of {_HOME} there"
+        )
+    return [(number, files[number], captions[number]) for number in sorted(files)]
+
+
+def coco_pairs(
+    split: str = "train",
+    *,
+    year: str = "2017",
+    size: int | None = 224,
+    captions: int = 5,
+    on_bad: str = "skip",
+    data_dir: str | os.PathLike | None = None,
+) -> PairSource:
+    """COCO's images with their captions, one row for each; the first call prepares the set.
+
+    Args:
+        split: "train" or "val".
+        year: "2017" or "2014".
+        size: side in pixels to resize and centre-crop to; None needs images of one shape.
+        captions: of each image at most, in the order of COCO's ids, >= 1.
+        on_bad: as for `pair_source`: what is done about empty and repeated captions.
+        data_dir: where prepared sets live; None is `$TFDS_DATA_DIR` or ~/tensorflow_datasets. The
+            unpacked archives are looked for in its downloads/manual/coco.
+
+    Returns:
+        The pairs; an index is COCO's annotation id.
+
+    Raises:
+        ValueError: an argument is out of its range, or a caption is bad and `on_bad` is "raise".
+        FileNotFoundError: the archives are not there.
+    """
+    for name, value, known in (("split", split, SPLITS), ("year", year, YEARS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    for name, value in (("captions", captions), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    check_on_bad(on_bad)
+    builder = prepared(Entry(__name__, "JaxrobustCocoCaptions", config=year), data_dir)
+    raw = {"image": tfds.decode.SkipDecoding()}
+    stored = builder.as_data_source(split, decoders=raw)
+    images = builder.info.metadata[split]
+    place_of = {str(number): place for place, (number, _) in enumerate(images)}
+    rows = [
+        Row(identity, str(number), text)
+        for number, texts in images
+        for identity, text in (texts[:captions] or [(-number, None)])  # an image without any
+    ]
+    kept, counts = sift(rows, row_faults(rows), f"coco {split}{year}", on_bad)
+
+    def read(positions: Sequence[int]) -> list[Record]:
+        chosen = [kept[position] for position in positions]
+        found = stored.__getitems__([place_of[row.image] for row in chosen])
+        return [
+            Record(one["image"], position, row.number, f"coco image {row.image}")
+            for position, row, one in zip(positions, chosen, found, strict=True)
+        ]
+
+    texts = tuple(row.caption.strip() for row in kept)
+    return PairSource(Source(read, len(kept), texts, channels=3, size=size), counts)
