@@ -26,8 +26,9 @@ def check_channels(images: Array) -> None:
 
 def luma(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 1"]:
     """Brightness of RGB pixels: 0.299 r + 0.587 g + 0.114 b."""
-    # Products and sums, not a dot, which accelerators would round to bfloat16.
-    return (image * jnp.array(LUMA, image.dtype)).sum(-1, keepdims=True)
+    # Not a dot, which accelerators round to bfloat16, nor a sum over an axis of 3, slow on a CPU.
+    red, green, blue = jnp.split(image, 3, axis=-1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def shift_hue(image: Float[Array, "h w 3"], turn: Float[Array, ""]) -> Float[Array, "h w 3"]:
@@ -37,16 +38,17 @@ def shift_hue(image: Float[Array, "h w 3"], turn: Float[Array, ""]) -> Float[Arr
         image: [h, w, 3] in [0, 1].
         turn: in turns; 1/3 makes red green.
     """
-    value = image.max(-1)
-    chroma = value - image.min(-1)
-    red, green, blue = jnp.moveaxis(image, -1, 0)
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     safe = jnp.where(chroma == 0, 1, chroma)
     sixths = jnp.where(
         value == red,
         (green - blue) / safe,
         jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    place = (jnp.array([5.0, 3.0, 1.0], image.dtype) + (sixths + 6 * turn)[..., None]) % 6
+    place = jnp.array([5.0, 3.0, 1.0], image.dtype) + (sixths + 6 * turn)[..., None]
+    place -= 6 * jnp.floor(place / 6)  # a remainder, but vectorised on a CPU
     drop = jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
     return value[..., None] - chroma[..., None] * drop
 
