@@ -38,6 +38,7 @@ def read_rows(
     caption_column: str | None = None,
     phrases: int = 5,
     seed: int = 0,
+    quoted: bool = True,
 ) -> Iterator[Row]:
     """The rows of a table, good and bad alike.
 
@@ -49,6 +50,8 @@ def read_rows(
         caption_column: name of the caption's column; None takes the usual names.
         phrases: of Visual Genome, how many of a picture's region phrases make its caption, >= 1.
         seed: of Visual Genome, which phrases.
+        quoted: of .tsv and .csv: a cell in double quotes may hold delimiters and line ends; False
+            takes quotes for letters.
 
     Returns:
         Iterator over all rows in their order.
@@ -59,7 +62,7 @@ def read_rows(
     columns = (image_column, caption_column)
     kind = path.suffix.lower()
     if kind in _DELIMITERS:
-        return _table_rows(path, _DELIMITERS[kind], columns)
+        return _table_rows(path, _DELIMITERS[kind], columns, quoted)
     if kind in _LINES:
         with open(path, encoding="utf-8-sig") as file:
             return _record_rows([_parsed(line) for line in file if line.strip()], path, columns)
@@ -97,10 +100,11 @@ def _column(path: Path, found: Iterable[str], asked: str | None, usual: tuple, w
     )
 
 
-def _table_rows(path: Path, delimiter: str, columns: tuple) -> Iterator[Row]:
+def _table_rows(path: Path, delimiter: str, columns: tuple, quoted: bool) -> Iterator[Row]:
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     with open(path, encoding="utf-8-sig", newline="") as file:
         # Strict, since a lone quote would else swallow the rows up to the next one unnoticed.
-        table = csv.reader(file, delimiter=delimiter, strict=True)
+        table = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             heading = next(table, [])
             image, caption = (
@@ -115,7 +119,10 @@ def _table_rows(path: Path, delimiter: str, columns: tuple) -> Iterator[Row]:
                 else:
                     yield Row(number, None, None, broken=True)
         except csv.Error as error:
-            raise ValueError(f"{path}, line {table.line_num}: {error}") from error
+            raise ValueError(
+                f"{path}, line {table.line_num}: {error}; give quoted=False if quotes stand for "
+                "themselves"
+            ) from error
 
 
 def _record_rows(records: list, path: Path, columns: tuple) -> Iterator[Row]:

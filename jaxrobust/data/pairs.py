@@ -134,6 +134,7 @@ def pair_source(
     verify: bool = True,
     phrases: int = 5,
     seed: int = 0,
+    quoted: bool = True,
     workers: int = 4,
 ) -> PairSource:
     """Random access to the pairs of a table; only paths and captions are held in memory.
@@ -151,6 +152,8 @@ def pair_source(
             missing files are, and a corrupt one raises when it is taken.
         phrases: of Visual Genome, region phrases per caption at most, >= 1; 5 in SafeCLIP.
         seed: of Visual Genome, which phrases.
+        quoted: of .tsv and .csv: a cell in double quotes may hold delimiters and line ends; False
+            takes quotes for letters.
         workers: threads that verify.
 
     Returns:
@@ -168,7 +171,7 @@ def pair_source(
             raise ValueError(f"{name} must be >= 1, got {value}")
     check_on_bad(on_bad)
     require("PIL.Image", "pillow", f"the image-text table {table}")
-    rows = list(read_rows(table, folder, image_column, caption_column, phrases, seed))
+    rows = list(read_rows(table, folder, image_column, caption_column, phrases, seed, quoted))
     faults = row_faults(rows)
     whole = [place for place, fault in enumerate(faults) if not fault]
     files = [folder / rows[place].image for place in whole]
@@ -196,7 +199,8 @@ def load_pairs(
         path: as for `pair_source`.
         size: as for `pair_source`.
         workers: threads that verify and decode.
-        options: root, image_column, caption_column, on_bad, phrases and seed of `pair_source`.
+        options: root, image_column, caption_column, on_bad, phrases, seed and
+            quoted of `pair_source`.
 
     Returns:
         The pairs, and the counts: "rows" of the table, "kept", and each of `FAULTS`.
