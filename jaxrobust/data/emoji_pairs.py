@@ -102,19 +102,20 @@ def emoji_table() -> list[Emoji]:
     return plain + toned
 
 
-def _emoji(number: int, entry: Mapping[str, Any]) -> Emoji:
-    def words(text: str) -> str:
-        spaced = text.lower().replace("_", " ").replace("-", " ").replace("&", "and")
-        return " ".join(spaced.split())
+def _words(text: str) -> str:
+    spaced = text.lower().replace("_", " ").replace("-", " ").replace("&", "and")
+    return " ".join(spaced.split())
 
+
+def _emoji(number: int, entry: Mapping[str, Any]) -> Emoji:
     code = entry["unified"].lower()
     return Emoji(
         number=number,
         code=code,
         name=entry["name"].lower(),
-        short_names=tuple(words(name) for name in entry["short_names"]),
-        group=words(entry["category"]),
-        subgroup=words(entry["subcategory"]),
+        short_names=tuple(_words(name) for name in entry["short_names"]),
+        group=_words(entry["category"]),
+        subgroup=_words(entry["subcategory"]),
         family=_drawn_family(code, entry),
     )
 
