@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrobust.data.pairs import Pairs
-from jaxrobust.safeclip import canaries as planting
+from jaxrobust.safeclip import canary as planting
 from jaxrobust.safeclip import manifest, poisons, templates, triggers
 
 RANDOM = np.random.default_rng(2)

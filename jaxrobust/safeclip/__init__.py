@@ -9,7 +9,7 @@ Source: Yang et al. 2024, "Better Safe than Sorry" (arXiv:2310.05862).
 """
 
 from jaxrobust.safeclip import density, metrics, templates, triggers
-from jaxrobust.safeclip.canaries import canaries
+from jaxrobust.safeclip.canary import canaries
 from jaxrobust.safeclip.fit import Pretrained, Trust, fit
 from jaxrobust.safeclip.manifest import Manifest
 from jaxrobust.safeclip.poisons import backdoor, targeted
