@@ -96,7 +96,7 @@ def test_the_unimodal_loss_is_that_of_its_two_modalities(rows):
     a, b = (CLIP.encode_image(variables, views(fold(n), jnp.asarray(IMAGES))) for n in (0, 1))
     p, q = (
         CLIP.encode_text(variables, tokens)
-        for tokens in safeclip.text_views(keys, jnp.asarray(TOKENS))
+        for tokens in safeclip.caption_views(keys, jnp.asarray(TOKENS))
     )
     scale = jnp.exp(begun.params["logit_scale"])
     own = [losses.neighbour_contrastive(second, first, scale, rows=rows).mean()
@@ -107,10 +107,10 @@ def test_the_unimodal_loss_is_that_of_its_two_modalities(rows):
 def test_views_of_a_caption_are_two_different_ones():
     numbered = np.broadcast_to(np.arange(4)[None, :, None], (BATCH, 4, 6)).astype(np.int32)
     keys = jax.random.split(jax.random.key(3), BATCH)
-    first, second = safeclip.text_views(keys, jnp.asarray(numbered))
+    first, second = safeclip.caption_views(keys, jnp.asarray(numbered))
     assert (np.asarray(first) > 0).all()
     assert (np.asarray(first) != np.asarray(second)).all()
-    alone = safeclip.text_views(keys, jnp.asarray(numbered[:, :1]))
+    alone = safeclip.caption_views(keys, jnp.asarray(numbered[:, :1]))
     np.testing.assert_array_equal(alone[0], alone[1])
 
 

@@ -28,7 +28,7 @@ from jaxrobust.safeclip.split import (
     largest,
     running_maximum,
 )
-from jaxrobust.safeclip.steps import KINDS, adamw, create_state, text_views, training_step
+from jaxrobust.safeclip.steps import KINDS, adamw, create_state, caption_views, training_step
 
 __all__ = [
     "KINDS",
@@ -66,7 +66,7 @@ __all__ = [
     "similarities",
     "targeted",
     "templates",
-    "text_views",
+    "caption_views",
     "training_step",
     "triggers",
 ]

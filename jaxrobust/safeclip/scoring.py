@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jaxrobust import parallel
 from jaxrobust.attacks.inputs import check_steps, example_keys, fold
 from jaxrobust.models import Clip
-from jaxrobust.safeclip.steps import Views, text_views
+from jaxrobust.safeclip.steps import Views, caption_views
 
 SCORINGS = ("clean", "augmented")
 
@@ -95,7 +95,7 @@ class _Look(NamedTuple):
         def one(number: int) -> jax.Array:
             own = fold(keys, number)
             return self.cosine(
-                variables, self.views(fold(own, 0), images), text_views(own, tokens)[0]
+                variables, self.views(fold(own, 0), images), caption_views(own, tokens)[0]
             )
 
         return sum(one(number) for number in range(self.draws)) / self.draws

@@ -142,7 +142,7 @@ def training_step(
             jax.random.fold_in(state.key, state.step), batch["index"]
         )
         images = _image_views(None if kind == "clip" else views, keys, batch["image"], kind)
-        texts = text_views(keys, batch["tokens"])
+        texts = caption_views(keys, batch["tokens"])
         if kind in ("clip", "cleanclip"):
             texts = (batch["tokens"][:, 0], texts[1])
         if one_view:
@@ -178,7 +178,7 @@ def _image_views(views, keys, images, kind) -> tuple[Array, Array]:
     return views(fold(keys, 0), images), views(fold(keys, 1), images)
 
 
-def text_views(
+def caption_views(
     keys: Array, tokens: Int[Array, "b v t"]
 ) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
     """Two different views of each caption, drawn anew; the caption itself where it has none.
