@@ -28,7 +28,7 @@ from jaxrobust.safeclip.split import (
     largest,
     running_maximum,
 )
-from jaxrobust.safeclip.steps import KINDS, adamw, create_state, caption_views, training_step
+from jaxrobust.safeclip.steps import KINDS, adamw, caption_views, create_state, training_step
 
 __all__ = [
     "KINDS",
@@ -46,6 +46,7 @@ __all__ = [
     "backdoor",
     "by_rank",
     "canaries",
+    "caption_views",
     "conformal",
     "create_state",
     "density",
@@ -66,7 +67,6 @@ __all__ = [
     "similarities",
     "targeted",
     "templates",
-    "caption_views",
     "training_step",
     "triggers",
 ]
