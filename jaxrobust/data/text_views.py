@@ -62,8 +62,8 @@ def text_views(
             caption of which nothing would be left is kept as it is.
 
     Returns:
-        The variants, and counts of captions that were kept as they are because they are empty,
-        have no letter of any script, or are one word.
+        The variants, and counts of captions that were kept as they are, lower case apart, because
+        they are empty, have no letter of any script, or are one word.
 
     Raises:
         ValueError: views, seed or rate is out of its range, or indices differ from captions in
