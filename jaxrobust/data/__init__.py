@@ -10,6 +10,7 @@ for, and TensorFlow never is.
 
 from jaxrobust.data.augment import compose, cutout, flip, pad_crop
 from jaxrobust.data.batching import batches, epoch_order, steps_per_epoch, stream
+from jaxrobust.data.coco_pairs import coco_pairs
 from jaxrobust.data.colours import color_jitter, grayscale
 from jaxrobust.data.corruptions import CORRUPTIONS, corrupt
 from jaxrobust.data.dataset import Dataset, Source, check_images
@@ -36,6 +37,7 @@ __all__ = [
     "check_images",
     "clip_tokenizer",
     "clip_views",
+    "coco_pairs",
     "color_jitter",
     "compose",
     "corrupt",
