@@ -268,7 +268,8 @@ def from_all_processes(share: np.ndarray) -> np.ndarray:
         return share
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(share, tiled=True))
+    found = np.asarray(multihost_utils.process_allgather(_bytes(share), tiled=True))
+    return found.view(share.dtype).reshape(-1, *share.shape[1:])
 
 
 def from_first_process(array: np.ndarray) -> np.ndarray:
@@ -277,7 +278,13 @@ def from_first_process(array: np.ndarray) -> np.ndarray:
         return array
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+    found = np.asarray(multihost_utils.broadcast_one_to_all(_bytes(array)))
+    return found.view(array.dtype).reshape(array.shape)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """[n, ...] as [n, bytes]: on the way float64 would become float32."""
+    return np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
 
 
 def varying(tree: PyTree, axis_name: str | None) -> PyTree:

@@ -220,7 +220,7 @@ rank, port, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 parallel.split_host(2)
 parallel.initialize(f"localhost:{port}", 2, rank)
 import jax, numpy as np
-from tests import test_fit, test_training
+from tests import test_fit, test_safeclip_fit, test_training
 assert (jax.process_count(), jax.local_device_count()) == (2, 2)
 assert parallel.agreed(rank == 0) and not parallel.agreed(rank == 1)
 mesh = parallel.data_mesh()
@@ -235,12 +235,16 @@ for epochs in (1, 2):
     fitted = test_fit.train(out / "run", devices=4, epochs=epochs, **often)
 weights = np.asarray(fitted.state.params["w"]).tolist()
 (out / f"fit-{rank}.json").write_text(json.dumps([fitted.history, weights]))
+sys.modules["jaxrobust.safeclip.fit"]._ASK_EVERY = 3
+options = {"mesh": mesh, "directory": out / "safeclip", "save_every": [0.0, 1e9][rank]}
+found = test_safeclip_fit.fit(test_safeclip_fit.recipe(epochs=4), **options)
+(out / f"safeclip-{rank}.json").write_text(json.dumps([found.history, found.trust.safe.tolist()]))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    from tests import test_fit, test_training
+    from tests import test_fit, test_safeclip_fit, test_training
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -268,6 +272,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
     expected = jax.tree.leaves(test_training.on_one_device("batch_norm"))
     whole = test_fit.train(devices=4, epochs=2)
+    alone = test_safeclip_fit.fit(test_safeclip_fit.recipe(epochs=4))
     for rank in range(2):
         for mapping in parallel.MAPPINGS:
             got = json.loads((tmp_path / f"{mapping}-{rank}.json").read_text())
@@ -276,3 +281,9 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         history, weights = json.loads((tmp_path / f"fit-{rank}.json").read_text())
         np.testing.assert_allclose(weights, whole.state.params["w"], atol=1e-5)
         assert [entry["epoch"] for entry in history] == [1, 2]
+        history, safe = json.loads((tmp_path / f"safeclip-{rank}.json").read_text())
+        for entry, other in zip(history, alone.history, strict=True):
+            assert entry.pop("fallback", "") == other.get("fallback", "")
+            numbers = {name: value for name, value in other.items() if name != "fallback"}
+            assert entry == pytest.approx(numbers, rel=1e-5)
+        assert safe == alone.trust.safe.tolist()
