@@ -124,7 +124,7 @@ def test_what_falls_at_one_radius_has_fallen_at_every_larger_one():
         ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
         ({"attack": PGD}, ValueError, "key must be a typed key when an attack is given, got None"),
         ({"attack": PGD, "key": jnp.zeros(2, jnp.uint32)}, TypeError, "key must be typed"),
-        ({"attack": PGD, "key": KEY, "images": IMAGES * 9}, ValueError, r"x must lie in"),
+        ({"attack": PGD, "key": KEY, "images": IMAGES * 9}, ValueError, r"images must lie in"),
     ],
 )
 def test_bad_input_gives_a_clear_error(changes, error, message):
