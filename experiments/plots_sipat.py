@@ -133,10 +133,10 @@ def eps_text(eps: float) -> str:
 def curves(path: Path) -> None:
     """Unmasked accuracy against eps, one panel per data set, mean over seeds."""
     record = read(path)
-    rows, panels = rows_of(record, "dataset", "method"), list(record["config"]["problems"])
+    rows, datasets = rows_of(record, "dataset", "method"), list(record["config"]["problems"])
     accuracy = f"pgd{record['config']['pgd_steps']}_accuracy"
-    figure, axes = panels(len(panels))
-    for axis, dataset in zip(axes, panels, strict=True):
+    figure, axes = panels(len(datasets))
+    for axis, dataset in zip(axes, datasets, strict=True):
         for (where, method), cells in rows.items():
             if where != dataset:
                 continue
