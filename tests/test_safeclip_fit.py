@@ -87,8 +87,10 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
     fit(recipe(epochs=3), directory=tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="expected a run with seed"):
+    with pytest.raises(checkpoint.CheckpointError, match="expected a run with seed 5, found 0"):
         fit(recipe(epochs=3), directory=tmp_path, seed=5)
+    with pytest.raises(checkpoint.CheckpointError, match=r"with growth 0.1, found 0.05"):
+        fit(recipe(epochs=3, growth=0.1), directory=tmp_path)
 
 
 def test_eight_devices_give_the_same_losses_and_the_same_split(whole):
@@ -177,7 +179,7 @@ def test_bad_settings_are_named(changes, message):
 
 
 def test_pairs_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"images must be .n, h, w, c. and tokens"):
+    with pytest.raises(ValueError, match=r"tokens must be .n, 1 . v, t. for the 64 images"):
         safeclip.fit(CLIP, recipe(), IMAGES, TOKENS[:, 0])
     with pytest.raises(ValueError, match="batch_size must be <= 64, the number of pairs, got 65"):
         fit(recipe(batch_size=65))

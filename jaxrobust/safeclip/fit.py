@@ -118,13 +118,11 @@ def fit(
 
     def create(key):
         shape = images.shape[1:]
-        state = create_state(clip, optimizer, key, shape, pool=recipe.pool, start=start)
-        return state
+        return create_state(clip, optimizer, key, shape, pool=recipe.pool, start=start)
 
     state = parallel.create(create, mesh, jax.random.key(seed))
     trust = Trust(np.zeros(len(images)), np.ones(len(images)), np.ones(len(images), bool))
-    order = [seed, recipe.batch_size, len(images)]
-    saver = _Saver(directory, save_every, order)
+    saver = _Saver(directory, save_every, {"seed": seed, "pairs": len(images), **recipe.numbers})
     state, trust, loop = saver.restored(state, trust)
     bar = tqdm(
         total=recipe.epochs, initial=loop["epoch"] - 1, desc=label, unit="epoch",
@@ -148,7 +146,7 @@ def fit(
                 batches = _batches(images, tokens, work[number].rows, recipe, seed, loop, mesh)
                 state = _run(step_of, state, trust, loop, work[number], batches, saver)
                 loop.update({"pass": number + 1, "step": 0})
-            _close(loop, state, trust, work, evaluate)
+            _close(loop, state, trust, evaluate)
             bar.update()
     saver.save(state, trust, loop)
     return Pretrained(state, trust, loop["history"], loop["seconds"])
@@ -220,7 +218,7 @@ def _settle(loop: dict, kind: str, waiting: list) -> None:
     waiting.clear()
 
 
-def _close(loop: dict, state: TrainState, trust: Trust, work: list[Pass], evaluate) -> None:
+def _close(loop: dict, state: TrainState, trust: Trust, evaluate) -> None:
     """Notes the epoch and begins the next."""
     entry = {"epoch": loop["epoch"]}
     for kind, (total, count) in loop["losses"].items():
@@ -237,9 +235,9 @@ def _close(loop: dict, state: TrainState, trust: Trust, work: list[Pass], evalua
 class _Saver:
     """Checkpoints of the state, of what is known of the pairs, and of where the loop stands."""
 
-    def __init__(self, directory, every: float, order: list):
+    def __init__(self, directory, every: float, settings: dict):
         self.folder = None if directory is None else Path(directory) / "checkpoint"
-        self.every, self.order = every, order
+        self.every, self.settings = every, settings
         self.begun = self.saved = time.monotonic()
         self.earlier = 0.0
 
@@ -247,16 +245,21 @@ class _Saver:
         """(state, trust, loop), of the checkpoint if there is one."""
         loop = {
             "epoch": 1, "pass": 0, "step": 0, "split": 0, "first": 0.0, "fallback": "",
-            "losses": {}, "history": [], "seconds": 0.0, "order": self.order,
+            "losses": {}, "history": [], "seconds": 0.0, "settings": self.settings,
         }  # fmt: skip
         found = self.folder and checkpoint.restore(self.folder, (state, trust._asdict()))
         if not found:
             return state, trust, loop
         _, (state, trust), loop = found
-        if loop["order"] != self.order:
+        other = {
+            name: (value, loop["settings"].get(name))
+            for name, value in self.settings.items()
+            if loop["settings"].get(name) != value
+        }
+        if other:
+            name, (ours, theirs) = next(iter(other.items()))
             raise checkpoint.CheckpointError(
-                f"{self.folder}: expected a run with seed, batch_size and pairs {self.order}, "
-                f"found {loop['order']}"
+                f"{self.folder}: expected a run with {name} {ours}, found {theirs}"
             )
         self.earlier = loop["seconds"]
         return state, Trust(**{name: np.asarray(value) for name, value in trust.items()}), loop
@@ -278,10 +281,10 @@ class _Saver:
 
 
 def _check(images: np.ndarray, tokens: np.ndarray, recipe: Recipe) -> None:
-    if images.ndim != 4 or tokens.ndim != 3 or len(images) != len(tokens):
+    data.check_images(images)
+    if tokens.ndim != 3 or len(images) != len(tokens):
         raise ValueError(
-            "images must be [n, h, w, c] and tokens [n, 1 + v, t], "
-            f"got {images.shape} and {tokens.shape}"
+            f"tokens must be [n, 1 + v, t] for the {len(images)} images, got {tokens.shape}"
         )
     if len(images) < recipe.batch_size:
         raise ValueError(

@@ -93,6 +93,13 @@ class Recipe:
         """The epoch of the split, counted from 1."""
         return self.unimodal_epochs + self.slow_epochs + 1
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The settings that JSON can hold: all but the splitter."""
+        fields = dataclasses.asdict(self)
+        del fields["splitter"]
+        return {**fields, "bounds": list(self.bounds)}
+
     def splits(self, epoch: int) -> bool:
         """Whether the pairs are scored and split before this epoch."""
         return self.method == "safeclip" and epoch >= self.first_mixed
