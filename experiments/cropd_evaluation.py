@@ -51,7 +51,7 @@ def evaluate(
     attack, grid = jr.linf_pgd(eps, steps=config.pgd_steps), (0.0, eps / 2, eps, 2 * eps)
     curve = jr.evaluation.accuracy_curve(
         model.apply, variables, few.images, few.labels, attack, grid, key=jax.random.key(17),
-        batch_size=max(config.batch // len(grid), 1), progress="PGD",
+        batch_size=config.batch, progress="PGD",
     )  # fmt: skip
     bare = near.get("none", built)
     blind = in_batches(against(bare, attack), few, np.arange(len(few.labels)), config, 18)

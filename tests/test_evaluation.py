@@ -1,5 +1,7 @@
 """Tests of accuracy under attack on a linear net, where the robust accuracy has a closed form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +112,23 @@ def test_what_falls_at_one_radius_has_fallen_at_every_larger_one():
     assert (np.diff(np.asarray(alone, int), axis=0) > 0).any()
     curve = evaluation.accuracy_curve(*data, noise(0.1), EPS, key=KEY)
     np.testing.assert_array_equal(curve, np.logical_and.accumulate(alone, axis=0))
+
+
+def test_examples_that_have_fallen_are_not_attacked_again():
+    attacked = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting:
+        eps: float
+
+        def __call__(self, loss_fn, x, key, *, args):
+            jax.debug.callback(lambda x: attacked.append(len(x)), x)
+            return PGD(loss_fn, x, key, args=args)
+
+    curve = evaluation.accuracy_curve(
+        apply, VARIABLES, IMAGES, LABELS, Counting(0.1), (0.0, 0.1, 0.2), key=KEY, batch_size=1
+    )
+    assert sum(attacked) == curve[0].sum() + curve[1].sum() < 2 * COUNT
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -86,7 +85,10 @@ def accuracy_curve(
     batch_size: int = 250,
     progress: str | None = None,
 ) -> np.ndarray:
-    """Which examples survive at each radius: one compilation, vmapped over the attack's eps.
+    """Which examples survive at each radius: one compilation, the radii one after another.
+
+    An example that falls is not attacked at larger radii, whose balls hold the smaller ball's
+    perturbation, and one that is misclassified as it is is not attacked at all.
 
     Args:
         apply: (variables, x) -> [b, classes] logits.
@@ -94,46 +96,47 @@ def accuracy_curve(
         images: [n, h, w, c] float32 in [0, 1].
         labels: [n] whole numbers.
         attack: an attack value with an `eps`; a fixed `step_size` stays as it is.
-        eps: the radii.
-        key: one typed key.
-        batch_size: examples at a time; times len(eps) at once on the device.
+        eps: the radii, rising; at 0 no attack is run.
+        key: one typed key; example i draws from fold_in(key, i) at every radius.
+        batch_size: examples at a time; the last batch of a radius is filled up.
         progress: text of a progress bar, or None for none.
 
     Returns:
-        [len(eps), n] bool; the mean of a row is the accuracy at that radius. An example that falls
-        at one radius counts as fallen at every larger one: the ball holds the smaller ball's
-        perturbation.
+        [len(eps), n] bool; the mean of a row is the accuracy at that radius.
+
+    Raises:
+        TypeError, ValueError: images, labels or key are not of the form above; eps is empty,
+            negative or does not rise.
     """
     images, labels = _checked(apply, variables, images, labels)
     if list(eps) != sorted(eps):
         raise ValueError(f"eps must rise, got {list(eps)}")
     if not len(eps) or min(eps) < 0:
         raise ValueError(f"eps must hold at least one radius, all >= 0, got {list(eps)}")
-    radii = jnp.asarray(eps, jnp.float32)
     count = len(labels)
     batch_size = _batch_size(batch_size, count, 1)
     keys = example_keys(key, count)
-    right = []
-    starts = range(0, count, batch_size)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
-        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batch = (images[rows], labels[rows], keys[rows])
-        right.append(_correct_at_each(apply, attack, radii, variables, *batch))
-    right = np.concatenate([np.asarray(part) for part in right], axis=1)[:, :count]
-    return np.logical_and.accumulate(right, axis=0)
+    standing = correct(apply, variables, images, labels, batch_size=batch_size)
+    curve = np.zeros((len(eps), count), bool)
+    whole = len(eps) * count
+    with tqdm(total=whole, desc=progress, unit="image", disable=progress is None) as bar:
+        for row, radius in enumerate(eps):
+            left = np.flatnonzero(standing) if radius else ()
+            for start in range(0, len(left), batch_size):
+                rows = left[np.minimum(np.arange(start, start + batch_size), len(left) - 1)]
+                batch = (images[rows], labels[rows], keys[rows])
+                standing[rows] = _correct_at(apply, attack, np.float32(radius), variables, *batch)
+                bar.update(min(batch_size, len(left) - start))
+            curve[row] = standing
+            bar.update((row + 1) * count - bar.n)
+    return curve
 
 
 @jax.jit(static_argnums=0)
-def _correct_at_each(apply, attack, radii, variables, images, labels, keys):
-    objective = LossOfModel(apply)
-
-    def at(radius):
-        x = dataclasses.replace(attack, eps=radius)(
-            objective, images, keys, args=(variables, labels)
-        )
-        return _correct(apply, variables, x, labels)
-
-    return jax.vmap(at)(radii)
+def _correct_at(apply, attack, radius, variables, images, labels, keys):
+    attack = dataclasses.replace(attack, eps=radius)
+    x = attack(LossOfModel(apply), images, keys, args=(variables, labels))
+    return _correct(apply, variables, x, labels)
 
 
 @jax.jit(static_argnums=0)

@@ -221,7 +221,7 @@ class _Subject(NamedTuple):
         apply = AsApply(self.logits_fn)
         held = accuracy_curve(
             apply, self.args, self.images[rows], self.labels[rows], attack, radii, key=key,
-            batch_size=max(self.batch_size // len(radii), 1),
+            batch_size=self.batch_size,
         )  # fmt: skip
         return {"eps": radii, "accuracy": held.mean(1).tolist()}
 
