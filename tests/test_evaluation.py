@@ -117,6 +117,7 @@ def test_what_falls_at_one_radius_has_fallen_at_every_larger_one():
 def test_examples_that_have_fallen_are_not_attacked_again():
     attacked = []
 
+    @jax.tree_util.register_dataclass
     @dataclasses.dataclass(frozen=True)
     class Counting:
         eps: float
@@ -128,6 +129,7 @@ def test_examples_that_have_fallen_are_not_attacked_again():
     curve = evaluation.accuracy_curve(
         apply, VARIABLES, IMAGES, LABELS, Counting(0.1), (0.0, 0.1, 0.2), key=KEY, batch_size=1
     )
+    jax.effects_barrier()
     assert sum(attacked) == curve[0].sum() + curve[1].sum() < 2 * COUNT
 
 
