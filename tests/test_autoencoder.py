@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrobust import models
-from jaxrobust.models.autoencoder import soft_unit
+from jaxrobust import flops, models
+from jaxrobust.models.autoencoder import _unfold, soft_unit
 
 KEY = jax.random.key(0)
 SMALL = {"widths": (4, 8), "latent_channels": 3}
@@ -19,15 +19,19 @@ def variables():
 
 
 @pytest.mark.parametrize(
-    ("shape", "latent", "kind"),
+    ("shape", "latent", "kind", "patch"),
     [
-        ((28, 28, 1), (7, 7, 3), "flat"),
-        ((32, 32, 3), (8, 8, 3), "spatial"),
-        ((10, 17, 3), (3, 5, 3), "flat"),
+        ((28, 28, 1), (7, 7, 3), "flat", 1),
+        ((32, 32, 3), (8, 8, 3), "spatial", 1),
+        ((10, 17, 3), (3, 5, 3), "flat", 1),
+        ((16, 12, 3), (2, 2, 3), "spatial", 2),
+        ((10, 17, 3), (1, 2, 3), "flat", 4),
     ],
 )
-def test_an_image_of_any_sides_comes_back_in_its_shape_and_inside_the_unit_box(shape, latent, kind):
-    model = models.autoencoder(shape, latent=kind, **SMALL)
+def test_an_image_of_any_sides_comes_back_in_its_shape_and_inside_the_unit_box(
+    shape, latent, kind, patch
+):
+    model = models.autoencoder(shape, latent=kind, patch=patch, **SMALL)
     variables = model.init(KEY)
     x = jax.random.uniform(KEY, (2, *shape))
     out, taps = jax.jit(model.apply, static_argnames="taps")(variables, x, taps=("latent",))
@@ -81,6 +85,25 @@ def test_a_linear_output_is_what_the_sigmoid_would_squash(variables):
     np.testing.assert_allclose(jax.nn.sigmoid(raw), squashed, atol=1e-6)
 
 
+def test_patches_are_laid_side_by_side():
+    # Channel-wise [place, place, (row, column, colour)], as an explicit loop puts them down.
+    x = np.arange(2 * 3 * 12, dtype=np.float32).reshape(1, 2, 3, 12)
+    expected = np.zeros((1, 4, 6, 3), np.float32)
+    for i, j, row, column in np.ndindex(2, 3, 2, 2):
+        start = 3 * (2 * row + column)
+        expected[0, 2 * i + row, 2 * j + column] = x[0, i, j, start : start + 3]
+    np.testing.assert_array_equal(_unfold(jnp.asarray(x), 2), expected)
+
+
+def test_patches_of_two_cost_less_than_half_of_the_operations():
+    def operations(patch):
+        model = models.autoencoder((32, 32, 3), patch=patch, **SMALL)
+        variables = jax.eval_shape(model.init, KEY)
+        return flops.count_flops(model.apply, variables, jnp.zeros((1, 32, 32, 3))).matmul
+
+    assert 0.25 < operations(2) / operations(1) < 0.5
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -91,6 +114,7 @@ def test_a_linear_output_is_what_the_sigmoid_would_squash(variables):
         (lambda m, v: models.autoencoder((8, 8)), r"shape must be \(h, w, c\)"),
         (lambda m, v: models.autoencoder(latent="vector"), "latent must be one of flat, spatial"),
         (lambda m, v: models.autoencoder(output="clip"), "output must be one of sigmoid, linear"),
+        (lambda m, v: models.autoencoder(patch=0), "patch must be an integer >= 1, got 0"),
         (lambda m, v: models.autoencoder(widths=(8, 0)), r"widths\[1\] must be an integer >= 1"),
     ],
 )
