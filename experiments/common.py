@@ -16,14 +16,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrobust import evaluation, parallel
+from jaxrobust import checkpoint, evaluation, parallel
 from jaxrobust.checkpoint import atomic_write
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PACKAGES = ("jaxrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Fields of a cell that may differ between two runs of the same command.
-TIMES = ("seconds", "train_seconds", "attack_seconds", "certify_seconds", "salience_seconds")
+TIMES = (
+    "seconds",
+    "train_seconds",
+    "epoch_seconds",
+    "attack_seconds",
+    "certify_seconds",
+    "salience_seconds",
+)
 
 
 def arguments(
@@ -181,6 +188,19 @@ def run_folder(options: argparse.Namespace, config: Any, key: Mapping[str, Any])
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:8]
     cell = "-".join(str(value).replace("/", "_") for value in key.values())
     return options.runs / f"{options.experiment}-{options.preset}-{fingerprint}" / cell
+
+
+def kept(
+    folder: Path, name: str, make: Callable[[], tuple[dict, dict]]
+) -> tuple[dict, dict[str, Any]]:
+    """(variables, costs) of `make()`, or of the run before that had them already."""
+    weights, costs = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if not weights.exists():
+        variables, taken = make()
+        atomic_write(costs, json.dumps(taken) + "\n")
+        checkpoint.save_weights(weights, jax.tree.map(np.asarray, variables))
+    variables = {"batch_stats": {}, **checkpoint.load_weights(weights)}
+    return variables, json.loads(costs.read_text())
 
 
 def once(path: Path, make: Callable[[Path], None]) -> None:

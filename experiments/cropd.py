@@ -13,7 +13,6 @@ BPDA and transfer, per-example worst case. "Non-adaptive" is an attack on the ba
 say how little it says. A run that is stopped goes on.
 """
 
-import json
 import time
 from functools import partial
 
@@ -27,7 +26,6 @@ import jaxrobust as jr
 from experiments import common, cropd_evaluation, plots_cropd
 from experiments.cropd_settings import PRESETS, Built, Config, Method, Problem, World
 from jaxrobust import cropd, models, training
-from jaxrobust.checkpoint import atomic_write
 
 NAME = "cropd"
 FRONTS = ("autoencoder", "denoiser", "jpeg", "total_variation")
@@ -52,20 +50,9 @@ def build(key: dict, config: Config, world: World, options) -> Built:
         head = fit_head(model, variables, config, world)
         return head, {"head_seconds": round(time.perf_counter() - begun, 2)}
 
-    head, taken = kept(folder, "head", make)
+    head, taken = common.kept(folder, "head", make)
     whole = models.join(preprocessor=ours, foundation=world.published, head=head)
     return Built(model, whole, {**costs, **taken})
-
-
-def kept(folder, name: str, make) -> tuple[dict, dict]:
-    """(variables, costs) of `make()`, or of the run before that had them already."""
-    weights, costs = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if not weights.exists():
-        variables, taken = make()
-        atomic_write(costs, json.dumps(taken) + "\n")
-        jr.checkpoint.save_weights(weights, jax.tree.map(np.asarray, variables))
-    variables = {"batch_stats": {}, **jr.checkpoint.load_weights(weights)}
-    return variables, json.loads(costs.read_text())
 
 
 def fit_head(model, variables, config: Config, world: World) -> dict:
@@ -175,7 +162,7 @@ def trained(
         }
         return fitted.variables, costs
 
-    return kept(folder, "weights", make)
+    return common.kept(folder, "weights", make)
 
 
 def flops(step, create, config: Config, shape) -> float:

@@ -20,6 +20,7 @@ from experiments import (
     plots,
     plots_certify,
     plots_cropd,
+    plots_safeclip,
     plots_sipat,
 )
 from jaxrobust.checkpoint import atomic_write
@@ -36,6 +37,7 @@ MAKERS = {
     "autoattack_benchmark": autoattack_benchmark.table,
     "certify": plots_certify.certified_table,
     "cropd": plots_cropd.table,
+    "safeclip": plots_safeclip.table,
     "sipat": plots_sipat.table,
 }
 

@@ -11,7 +11,7 @@ from jaxrobust.safeclip.rates import SCHEDULES, Plan, Rate, mixed_rates, rate
 from jaxrobust.safeclip.scoring import SCORINGS
 from jaxrobust.safeclip.split import gaussian_mixture
 
-METHODS = ("safeclip", "clip", "clip_augmented", "roclip")
+METHODS = ("safeclip", "clip", "clip_augmented", "roclip", "cleanclip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,9 @@ class Recipe:
     """One pre-training run; made by hand or from `recipe(name)`.
 
     Attributes:
-        method: "safeclip", or a baseline: "clip", "clip_augmented" (on SafeCLIP's two views) or
-            "roclip".
+        method: "safeclip", or a baseline: "clip", "clip_augmented" (on SafeCLIP's two views),
+            "roclip", or "cleanclip", the fine-tuning on clean pairs of a network that may be
+            poisoned (`fit(..., start=)`).
         epochs: in all, counted from 1.
         unimodal_epochs: at the start: no image meets a text.
         slow_epochs: after them, CLIP's loss on all pairs at `slow_rate`.
@@ -175,9 +176,9 @@ def passes(recipe: Recipe, epoch: int, pairs: int, safe: np.ndarray, first: floa
 
 
 def _baseline_kind(recipe: Recipe, epoch: int) -> str:
-    if recipe.method != "roclip":
-        return {"clip": "clip", "clip_augmented": "two_views"}[recipe.method]
-    return "roclip_plain" if epoch % recipe.match_every else "roclip"
+    if recipe.method == "roclip":
+        return "roclip_plain" if epoch % recipe.match_every else "roclip"
+    return "two_views" if recipe.method == "clip_augmented" else recipe.method
 
 
 def _unimodal_rate(recipe: Recipe, epoch: int, steps: int) -> Rate:

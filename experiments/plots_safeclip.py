@@ -1,0 +1,216 @@
+"""Tables and plots of the SAFECLIP experiment, drawn from its results file."""
+
+from pathlib import Path
+
+import numpy as np
+
+from experiments import common
+from experiments.common import markdown, percent
+from experiments.plots import read, rows_of, spread
+from experiments.plots_sipat import panels
+from experiments.safeclip_settings import CANARIES, Config
+from jaxrobust.data.pairs import Pairs
+from jaxrobust.metrics import wilson_interval
+from jaxrobust.safeclip import triggers
+
+UNDEFENDED = "clip_augmented"
+ENOUGH, LITTLE, USEFUL = 0.8, 0.1, 0.9
+CREDIT = "Emoji: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
+
+
+def table(path: Path) -> str:
+    """One row per attack and method; what was not run is said so."""
+    record = read(path)
+    config, rows = record["config"], rows_of(record, "attack", "method")
+    header = [
+        "attack", "training", "success %", "Wilson, all seeds", "triggered, true class %",
+        "zero-shot top-1 / 5 %", "retrieval R@5 %", "probe %", "poisons kept %", "AUROC",
+        "s per epoch", "seeds",
+    ]  # fmt: skip
+    lines = []
+    for attack in config["attacks"]:
+        if attack == CANARIES:
+            continue
+        for method in config["methods"]:
+            cells = rows.get((attack, method))
+            missing = [attack, method, *["not run"] * (len(header) - 2)]
+            lines.append([attack, method, *columns(cells)] if cells else missing)
+    parts = [markdown(header, lines)]
+    tuned = {m: c for (attack, m), c in rows.items() if attack == CANARIES}
+    if tuned:
+        lines = [[CANARIES, method, *columns(cells)] for method, cells in tuned.items()]
+        kinds = [*header]
+        kinds[2] = "success, targets / triggered %"
+        parts.append(markdown(kinds, lines))
+    return "\n\n".join(parts)
+
+
+def columns(cells: list[dict]) -> list[str]:
+    """A row's figures, mean and spread over seeds."""
+    kinds = [kind for kind in ("targeted", "backdoor") if kind in cells[0]]
+    shares = {kind: [share_of(cell, kind) for cell in cells] for kind in kinds}
+    pooled = [interval(found) for found in shares.values()]
+    last = [(cell.get("history") or [{}])[-1] | cell for cell in cells]
+    leaks = [cell["leak"]["estimate"] for cell in last if "leak" in cell]
+    areas = [cell["auroc"] for cell in last if "auroc" in cell]
+    truth = [cell["backdoor"]["accuracy"]["estimate"] for cell in cells if "backdoor" in cell]
+    tops = [spread([cell["zero_shot"][f"top{k}"] for cell in cells]) for k in (1, 5)]
+    return [
+        " / ".join(spread([share["estimate"] for share in found]) for found in shares.values()),
+        " / ".join(f"{percent(low)} to {percent(high)}" for low, high in pooled),
+        spread(truth) if truth else "",
+        " / ".join(tops),
+        spread([recall(cell) for cell in cells]),
+        spread([cell["linear_probe"] for cell in cells]) if "linear_probe" in cells[0] else "",
+        spread(leaks) if leaks else "",
+        f"{np.mean(areas):.2f}" if areas else "",
+        f"{np.median([cell['epoch_seconds'] for cell in cells]):.1f}",
+        str(len(cells)),
+    ]
+
+
+def share_of(cell: dict, kind: str) -> dict:
+    """How often a poison succeeded: counts and share."""
+    return cell[kind]["success"] if kind == "backdoor" else cell[kind]
+
+
+def interval(shares: list[dict]) -> tuple[float, float]:
+    """Wilson's interval of the counts of all seeds together."""
+    _, low, high = wilson_interval(
+        sum(share["successes"] for share in shares), sum(share["n"] for share in shares)
+    )
+    return low, high
+
+
+def recall(cell: dict) -> float:
+    """Recall at 5, mean of both ways."""
+    ways = ("image_to_text", "text_to_image")
+    return float(np.mean([cell["retrieval"][f"{way}_r5"] for way in ways]))
+
+
+def verdict(path: Path) -> str:
+    """Whether attacks work on the undefended network, and what each defence leaves and costs.
+
+    A defence counts only where the attack succeeds without one; usefulness is zero-shot accuracy
+    and retrieval in units of the undefended network's.
+    """
+    record = read(path)
+    rows, lines = rows_of(record, "attack", "method"), []
+    for attack in record["config"]["attacks"]:
+        bare = rows.get((attack, UNDEFENDED))
+        if attack == CANARIES or not bare:
+            continue
+        kind = "targeted" if "targeted" in bare[0] else "backdoor"
+        works = min(share_of(cell, kind)["estimate"] for cell in bare) >= ENOUGH
+        for method in record["config"]["methods"]:
+            cells = rows.get((attack, method))
+            if method == UNDEFENDED or not cells:
+                continue
+            shares = [share_of(cell, kind) for cell in cells]
+            kept = [
+                np.mean([of(cell) for cell in cells]) / np.mean([of(cell) for cell in bare])
+                for of in (lambda cell: cell["zero_shot"]["top1"], recall)
+            ]
+            stops = np.mean([share["estimate"] for share in shares]) <= LITTLE
+            lines.append(
+                [
+                    attack, "yes" if works else "**no**", method,
+                    percent(interval(shares)[1]), "yes" if stops else "no",
+                    " / ".join(percent(value, 0) for value in kept),
+                    "yes" if min(kept) >= USEFUL else "no",
+                ]
+            )  # fmt: skip
+    header = [
+        "attack", "works undefended (80 % on every seed)", "training", "success, upper end %",
+        "stops it (10 %)", "zero-shot / retrieval, % of undefended", "as useful (90 %)",
+    ]  # fmt: skip
+    return markdown(header, lines)
+
+
+def histograms(path: Path) -> None:
+    """Similarities at the first split with the fitted mixture, one panel per attack."""
+    record = read(path)
+    found = {}
+    for cell in record["cells"]:
+        entry = next((e for e in cell["metrics"].get("history", []) if "histogram" in e), None)
+        if entry and cell["key"]["attack"] not in found:
+            found[cell["key"]["attack"]] = (cell["key"]["method"], entry["histogram"])
+    if not found:
+        return
+    figure, axes = panels(len(found))
+    for axis, (attack, (method, histogram)) in zip(axes, found.items(), strict=True):
+        edges = np.array(histogram["edges"])
+        places, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+        for name, colour in (("clean", "#1f77b4"), ("poisons", "#d62728")):
+            axis.bar(places, histogram[name], width, color=colour, alpha=0.6, label=name)
+        total = sum(histogram["clean"]) + sum(histogram["poisons"])
+        axis.plot(places, total * width * density_of(histogram["mixture"], places), "k-", lw=1)
+        axis.set(
+            title=f"{attack}, {method}", xlabel="similarity of image and caption", yscale="log"
+        )
+        axis.set_ylim(bottom=0.5)
+        used = places[np.array(histogram["clean"]) + np.array(histogram["poisons"]) > 0]
+        axis.set_xlim(used.min() - 0.05, used.max() + 0.05)
+    axes[0].legend(fontsize=6)
+    _write(figure, path, "histogram")
+
+
+def density_of(mixture: dict, places: np.ndarray) -> np.ndarray:
+    """The fitted density of two normal distributions."""
+    parts = zip(mixture["means"], mixture["deviations"], mixture["shares"], strict=True)
+    return sum(
+        share / (width * np.sqrt(2 * np.pi)) * np.exp(-(((places - mean) / width) ** 2) / 2)
+        for mean, width, share in parts
+    )
+
+
+def leaks(path: Path) -> None:
+    """Share of the poisons in the safe set, epoch by epoch, with the safe share for comparison."""
+    record = read(path)
+    attacks = list(record["config"]["attacks"])
+    figure, axes = panels(len(attacks))
+    for axis, attack in zip(axes, attacks, strict=True):
+        cells = [cell for cell in record["cells"] if cell["key"]["attack"] == attack]
+        for cell in cells:
+            curve = [e for e in cell["metrics"].get("history", []) if "leak" in e]
+            if not curve:
+                continue
+            epochs = [entry["epoch"] for entry in curve]
+            label = (
+                cell["key"]["method"] if cell["key"]["seed"] == cells[0]["key"]["seed"] else None
+            )
+            shown = axis.plot(
+                epochs, [100 * e["leak"]["estimate"] for e in curve], ".-", lw=1, label=label
+            )
+            colour = shown[0].get_color()
+            axis.plot(epochs, [100 * e["safe_share"] for e in curve], ":", lw=0.7, color=colour)
+        axis.set(title=attack, xlabel="epoch", ylabel="% of the poisons (dotted: of all pairs)")
+        axis.legend(fontsize=5)
+        axis.grid(alpha=0.3)
+    _write(figure, path, "leak")
+
+
+def triggered(path: Path, pairs: Pairs, config: Config) -> None:
+    """Pictures as they are, and with every trigger on them."""
+    images, indices = pairs.images[:6], pairs.indices[:6]
+    rows = {"clean": images}
+    for name, attack in config.attacks.items():
+        if attack.trigger:
+            rows[name] = getattr(triggers, attack.trigger)(**attack.options)(images, indices)
+    from matplotlib.figure import Figure
+
+    figure = Figure((1.2 * len(images), 1.25 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for line, (name, shown) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=7)
+        for axis, picture in zip(line, np.asarray(shown), strict=True):
+            axis.imshow(np.clip(picture, 0, 1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    if config.data == "emoji":
+        figure.supxlabel(CREDIT, fontsize=5)
+    _write(figure, path, "triggered")
+
+
+def _write(figure, path, what):
+    target = path.with_name(f"{path.stem}-{what}.png")
+    common.once(target, lambda file: figure.savefig(file, dpi=110))

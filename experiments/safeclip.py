@@ -1,0 +1,300 @@
+"""SAFECLIP: image-text pre-training under targeted poisons and backdoors, with defences beside it.
+
+    python -m experiments.safeclip                    # quick: one poison each, one seed; minutes
+    python -m experiments.safeclip --preset laptop    # all attacks and defences, 3 seeds; hours
+    python -m experiments.safeclip --preset paper     # CC3M at 224 pixels, on accelerators
+    python -m experiments.safeclip --preset smoke     # seconds
+
+Captioned emoji are poisoned, a small dual encoder is trained on them by CLIP, RoCLIP and SAFECLIP,
+and others are cleaned afterwards or filtered before. How SAFECLIP is set is chosen by canaries:
+poisons of the defender's own that share no class, picture, trigger or template with the attacks.
+Every attack's pairs are described by a hashed manifest beside the weights. A run that is stopped
+goes on.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import common, plots_safeclip, safeclip_evaluation
+from experiments.safeclip_evaluation import Judge, World
+from experiments.safeclip_settings import CANARIES, CHOSEN, PRESETS, Config, Method
+from jaxrobust import data, models, safeclip
+from jaxrobust.data.pairs import Pairs
+from jaxrobust.safeclip import density, templates, triggers
+from jaxrobust.safeclip.manifest import Manifest
+
+NAME = "safeclip"
+# Share of the classes that attacks aim at; canaries have the others.
+ATTACKED = 2 / 3
+# Ids of labelled pictures that are no pairs.
+LABELLED_ID = 2**29
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def world_of(config: Config) -> World:
+    """Training pairs, the two sets to judge by, tokenizer and network."""
+    train, validation, test, shown = (emoji if config.data == "emoji" else table)(config)
+    tower = config.tower
+    tokenizer = data.bpe_tokenizer(train.captions, vocabulary=tower.vocabulary, length=tower.length)
+    clip = models.clip(
+        models.build(**tower.model), vocabulary=tokenizer.vocabulary, dim=tower.dim,
+        projection=tower.projection, length=tower.length, width=tower.width, depth=tower.depth,
+        heads=tower.heads,
+    )  # fmt: skip
+    return World(
+        train, validation, test, shown, tokenizer, clip, jax.jit(clip.encode_image),
+        jax.jit(clip.encode_text),
+    )  # fmt: skip
+
+
+def emoji(config: Config) -> tuple[Pairs, Judge, Judge, Pairs | None]:
+    """The embedded pairs; pictures that are judged or probed have one caption."""
+    load = partial(data.load_emoji_pairs, size=config.size, by=config.by)
+    judges = (load(split, captions=1) for split in ("validation", "test"))
+    train = load("train").take(slice(config.train_pairs))
+    return train, *(Judge(one, one) for one in judges), load("train", captions=1)
+
+
+def table(config: Config) -> tuple[Pairs, Judge, Judge, Pairs | None]:
+    """Pairs of a table; half of the held-out ones choose, and CIFAR-10 has the classes."""
+    train, _ = data.load_pairs(config.data, size=config.size)
+    held_out, _ = data.load_pairs(config.held_out, size=config.size)
+    labelled = data.load("cifar10", "test")
+    images = jax.image.resize(
+        labelled.images, (len(labelled.labels), config.size, config.size, 3), "bicubic"
+    )
+    ids = (LABELLED_ID + labelled.indices).astype(np.int32)
+    shown = Pairs(
+        np.clip(np.asarray(images), 0, 1), ("",) * len(ids), ids, labelled.labels,
+        labelled.class_names,
+    )  # fmt: skip
+    halves = [slice(start, None, 2) for start in (0, 1)]
+    judges = (Judge(held_out.take(half), shown.take(half)) for half in halves)
+    return train.take(slice(config.train_pairs)), *judges, None
+
+
+def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
+    """The poisoned training pairs of a cell; equal keys plant equal poisons."""
+    attack, seed = config.attacks[key["attack"]], key["seed"]
+    names = world.test.labelled.class_names
+    random = np.random.RandomState(seed)
+    aims = [names[row] for row in random.permutation(len(names))[: int(ATTACKED * len(names))]]
+    trigger = attack.trigger and getattr(triggers, attack.trigger)(**attack.options)
+    if key["attack"] == CANARIES:
+        known = [
+            plant({**key, "attack": name}, config, world)[1]
+            for name in config.attacks
+            if name != CANARIES
+        ]
+        # The attack's classes are off limits even where a seed happens not to have drawn them.
+        return safeclip.canaries(
+            world.train, [name for name in names if name not in aims],
+            per_target=attack.per_target, rate=attack.rate, targets=attack.targets,
+            pool=world.validation.pairs, trigger=trigger or None, avoid=known, seed=seed,
+        )  # fmt: skip
+    if trigger:
+        return safeclip.backdoor(
+            world.train, trigger, aims[0], rate=attack.rate, style=attack.style, seed=seed
+        )
+    pairs = world.test.pairs
+    chosen = pairs.take(random.permutation(len(pairs.captions))[: attack.targets])
+    wanted = [
+        next(name for name in random.permutation(aims) if differs(chosen, row, name))
+        for row in range(attack.targets)
+    ]
+    return safeclip.targeted(world.train, chosen, wanted, per_target=attack.per_target, seed=seed)
+
+
+def differs(pairs: Pairs, row: int, name: str) -> bool:
+    """Whether a picture is of another class, by its label and by its caption."""
+    same = pairs.labels is not None and pairs.class_names[pairs.labels[row]] == name
+    return not same and not templates.holds(pairs.captions[row], name)
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def method_of(key: dict, config: Config) -> Method:
+    """The row's method, or the candidate's."""
+    return {**config.candidates, **config.methods}[key["method"]]
+
+
+def recipe_of(method: Method, config: Config) -> safeclip.Recipe:
+    """The settings of a method's training."""
+    base = config.cleaning if method.trainer == "cleanclip" else config.recipe
+    changes = {**base, **method.settings}
+    if method.trainer != "safeclip":
+        changes.pop("unimodal_epochs", None)
+        return safeclip.Recipe(method=method.trainer, **changes)
+    return safeclip.official(**changes) if method.official else safeclip.Recipe(**changes)
+
+
+def trained(key: dict, config: Config, world: World, options) -> tuple[dict, dict]:
+    """(variables, what training took and saw) of a cell, or of the run before that had it."""
+    method, folder = method_of(key, config), common.run_folder(options, config, key)
+    recipe = recipe_of(method, config)
+
+    def make():
+        pairs, manifest = plant(key, config, world)
+        manifest.save(folder / "manifest.json")
+        taken, start = {"pairs": len(pairs.captions), "manifest": manifest.sha256}, None
+        if method.after:
+            before = trained({**key, "method": method.after}, config, world, options)[0]
+            if method.detector:
+                pairs, found = filtered(method, world, pairs, manifest, before)
+                taken |= found
+            else:
+                start, pairs = before, clean_pairs(config, world)
+        fitted = safeclip.fit(
+            world.clip, recipe, pairs.images, tokens_of(pairs, world, key["seed"]),
+            views=views_of(method),
+            seed=key["seed"], start=start, mesh=common.mesh_for(options, recipe.batch_size),
+            mapping=options.mapping, evaluate=safeclip_evaluation.watch(manifest, pairs, recipe),
+            directory=folder, save_every=config.save_every,
+            label=" ".join(map(str, key.values())),
+        )  # fmt: skip
+        taken |= {
+            "train_seconds": round(fitted.seconds, 2),
+            "epoch_seconds": round(fitted.seconds / recipe.epochs, 2),
+            "history": fitted.history,
+        }
+        return fitted.variables, taken
+
+    return common.kept(folder, "weights", make)
+
+
+def views_of(method: Method):
+    """Random views of images, but for plain CLIP."""
+    return None if method.trainer == "clip" else partial(data.clip_views, strength=method.strength)
+
+
+def clean_pairs(config: Config, world: World) -> Pairs:
+    """The pairs that CleanCLIP may trust: those that settings are chosen by, all their captions."""
+    if config.data != "emoji":
+        return world.validation.pairs
+    return data.load_emoji_pairs("validation", size=config.size, by=config.by)
+
+
+def filtered(method: Method, world: World, pairs, manifest, before) -> tuple[Pairs, dict]:
+    """The pairs without the outliers among a network's embeddings, and who they were."""
+    embeddings = world.images(before, pairs.images)
+    scores = density.detect(getattr(density, method.detector), embeddings)
+    keep = scores <= np.quantile(scores, 1 - method.dropped)
+    is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
+    found = {
+        "leak": safeclip.metrics.leak(keep, is_poison)._asdict(),
+        **safeclip.metrics.detection(scores, is_poison)._asdict(),
+    }
+    return pairs.take(np.flatnonzero(keep)), found
+
+
+def tokens_of(pairs: Pairs, world: World, seed: int) -> np.ndarray:
+    """[n, 3, t]: captions and two views of each."""
+    found = data.text_views(pairs.captions, 2, seed=seed, indices=pairs.indices)
+    columns = (pairs.captions, *zip(*found.variants, strict=True))
+    return np.stack([world.tokenizer(column) for column in columns], 1)
+
+
+# ---- the choice of a setting --------------------------------------------------------------------
+
+
+def chosen(results: common.Results, config: Config) -> str:
+    """The candidate that canaries speak for: the most useful of those that stop them.
+
+    Those count whose success on canaries, targeted and triggered, is within the limit; without
+    one, the candidate that lets by the least. Useful is the mean of zero-shot accuracy and
+    retrieval on the validation pictures. No label of an attack is looked at.
+    """
+    cells = {
+        cell["key"]["method"]: cell["metrics"]
+        for cell in results.cells
+        if cell["key"]["attack"] == CANARIES and cell["key"]["method"] in config.candidates
+    }
+    worst = {name: max(success(metrics, kind) for kind in ("targeted", "backdoor"))
+             for name, metrics in cells.items()}  # fmt: skip
+    stopping = [name for name in cells if worst[name] <= config.limit]
+    if stopping:
+        return max(stopping, key=lambda name: usefulness(cells[name]))
+    return min(cells, key=worst.get)
+
+
+def success(metrics: dict[str, Any], kind: str) -> float:
+    """Share of the targets or of the triggered pictures where a poison succeeded."""
+    found = metrics[kind]
+    return (found["success"] if kind == "backdoor" else found)["estimate"]
+
+
+def usefulness(metrics: dict[str, Any]) -> float:
+    """Mean of zero-shot accuracy and of retrieval both ways."""
+    recalls = [metrics["retrieval"][f"{way}_r5"] for way in ("image_to_text", "text_to_image")]
+    return (metrics["zero_shot"]["top1"] + np.mean(recalls)) / 2
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def keys(config: Config) -> list[dict]:
+    """All cells: canaries first, then the rows seed by seed, then what single settings change."""
+    first = config.seeds[0]
+    found = [(CANARIES, name, first) for name in config.candidates]
+    found += [
+        (attack, method, seed)
+        for seed in config.seeds
+        for attack in config.attacks
+        if attack != CANARIES
+        for method in config.methods
+    ]
+    found += [
+        (attack, name, first)
+        for attack in config.ablated
+        for name in config.candidates
+        if name not in config.methods
+    ]
+    return [dict(zip(("attack", "method", "seed"), key, strict=True)) for key in found]
+
+
+def run(key: dict, config: Config, world: World, results, options) -> dict[str, Any]:
+    """The metrics of one cell."""
+    is_choice, own = key["method"] == CHOSEN, {}
+    if is_choice:
+        own = {"setting": chosen(results, config)}
+    variables, taken = trained(
+        {**key, "method": own.get("setting", key["method"])}, config, world, options
+    )
+    _, manifest = plant(key, config, world)
+    judge = world.validation if key["attack"] == CANARIES else world.test
+    return {
+        **own, **safeclip_evaluation.evaluate(world, judge, manifest, variables), **taken
+    }  # fmt: skip
+
+
+def main(config: Config, options) -> None:
+    """Runs what is missing, then draws the plots and prints the table."""
+    path: Path = options.out / f"{NAME}-{options.preset}.json"
+    results = common.Results(path, NAME, options.preset, config)
+    if not options.plot_only:
+        world = world_of(config)
+        for key in tqdm(keys(config), desc=NAME, unit="cell"):
+            if results.find(key) is None:
+                begun = time.monotonic()
+                metrics = run(key, config, world, results, options)
+                results.add(key, metrics, time.monotonic() - begun)
+        plots_safeclip.triggered(path, world.test.pairs, config)
+    plots_safeclip.histograms(path)
+    plots_safeclip.leaks(path)
+    print(plots_safeclip.table(path))
+    print(plots_safeclip.verdict(path))
+    print(f"results: {path}")
+
+
+if __name__ == "__main__":
+    arguments = common.arguments(__doc__, PRESETS)
+    main(PRESETS[arguments.preset], arguments)

@@ -1,0 +1,169 @@
+"""How the SAFECLIP experiment judges a dual encoder: what it can do, and what poisons did to it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrobust import data, models, safeclip
+from jaxrobust.data.pairs import Pairs
+from jaxrobust.safeclip import metrics, triggers
+from jaxrobust.safeclip.manifest import Manifest, poisoned
+
+BINS = np.linspace(-1, 1, 81)
+
+
+class Judge(NamedTuple):
+    """Pictures that were not trained on.
+
+    Attributes:
+        pairs: for retrieval, and where target images come from.
+        labelled: with classes, for the zero-shot test and for triggers.
+    """
+
+    pairs: Pairs
+    labelled: Pairs
+
+
+class World(NamedTuple):
+    """The data and the network that all cells share.
+
+    Attributes:
+        train: clean training pairs.
+        validation: what settings are chosen by.
+        test: what rows are judged by.
+        shown: the training pictures, one row each, for the linear probe; None without classes.
+        tokenizer: of the captions.
+        clip: the dual encoder.
+        encode_image: (variables, images) -> [b, d], compiled once.
+        encode_text: (variables, tokens) -> [b, d], likewise.
+    """
+
+    train: Pairs
+    validation: Judge
+    test: Judge
+    shown: Pairs | None
+    tokenizer: data.Tokenizer
+    clip: models.Clip
+    encode_image: Callable[..., jax.Array]
+    encode_text: Callable[..., jax.Array]
+
+    def images(self, variables: dict, images: np.ndarray) -> np.ndarray:
+        """[n, d] embeddings of images."""
+        return metrics.embed(lambda x: self.encode_image(variables, x), images)
+
+    def texts(self, variables: dict, texts: list[str]) -> np.ndarray:
+        """[n, d] embeddings of texts."""
+        return metrics.embed(
+            lambda tokens: self.encode_text(variables, tokens), self.tokenizer(texts)
+        )
+
+
+def evaluate(world: World, judge: Judge, manifest: Manifest, variables: dict) -> dict[str, Any]:
+    """Zero-shot accuracy, retrieval and linear probe, and the success of every poison.
+
+    Args:
+        world: data and network.
+        judge: the pictures to judge by.
+        manifest: what was planted.
+        variables: of the trained network.
+    """
+    names = judge.labelled.class_names
+    prototypes = metrics.class_prototypes(lambda texts: world.texts(variables, texts), names)
+    sources = [
+        index
+        for poison in manifest.poisons
+        if poison.kind == "targeted"
+        for index in poison.sources
+    ]
+    clean = judge.labelled.take(np.flatnonzero(~np.isin(judge.labelled.indices, sources)))
+    found = {
+        "zero_shot": metrics.zero_shot(
+            world.images(variables, clean.images) @ prototypes.T, clean.labels, ks=(1, 5)
+        ),
+        "retrieval": metrics.retrieval(
+            world.images(variables, judge.pairs.images),
+            world.texts(variables, list(judge.pairs.captions)),
+            ks=(1, 5, 10),
+        ),
+    }
+    if world.shown is not None:
+        found |= by_name(world, clean, variables) | probe(world, clean, variables)
+    return found | successes(world, judge, clean, manifest, variables, prototypes)
+
+
+def by_name(world: World, clean: Pairs, variables: dict) -> dict[str, Any]:
+    """Zero-shot among the names of the pictures that are judged."""
+    labels, names = data.emoji_labels(clean.indices, "name")
+    present, places = np.unique(labels, return_inverse=True)
+    prototypes = metrics.class_prototypes(
+        lambda texts: world.texts(variables, texts), [names[label] for label in present]
+    )
+    scores = world.images(variables, clean.images) @ prototypes.T
+    return {"zero_shot_names": metrics.zero_shot(scores, places, ks=(1, 5))}
+
+
+def probe(world: World, clean: Pairs, variables: dict) -> dict[str, float]:
+    """Accuracy of a linear head on the image tower, fitted to the clean training pictures."""
+    accuracy = metrics.linear_probe(
+        world.images(variables, world.shown.images), world.shown.labels,
+        world.images(variables, clean.images), clean.labels, len(clean.class_names), decay=1e-2,
+    )  # fmt: skip
+    return {"linear_probe": accuracy}
+
+
+def successes(world, judge, clean, manifest, variables, prototypes) -> dict[str, Any]:
+    """What every poison achieved: the share of the targets, or of the triggered pictures."""
+    names, found = list(clean.class_names), {}
+    aims = {
+        poison.sources[0]: names.index(poison.target)
+        for poison in manifest.poisons
+        if poison.kind == "targeted"
+    }
+    if aims:
+        rows = [int(np.flatnonzero(judge.pairs.indices == index)[0]) for index in aims]
+        targets = judge.pairs.take(rows)
+        scores = world.images(variables, targets.images) @ prototypes.T
+        found["targeted"] = metrics.poison_success(scores, np.array(list(aims.values())))._asdict()
+        if targets.labels is not None:
+            right = metrics.poison_success(scores, targets.labels)
+            found["targets_true_class"] = right._asdict()
+    for poison in manifest.poisons:
+        if poison.kind == "targeted":
+            continue
+        outcome = metrics.try_backdoor(
+            lambda x: world.encode_image(variables, x), prototypes, clean.images, clean.labels,
+            triggers.from_dict(poison.trigger), names.index(poison.target), indices=clean.indices,
+        )  # fmt: skip
+        found["backdoor"] = {name: share._asdict() for name, share in outcome._asdict().items()}
+    return found
+
+
+class Watch(NamedTuple):
+    """Called after each epoch: what of the poisons is in the safe set, and how they are scored."""
+
+    is_poison: np.ndarray
+    recipe: safeclip.Recipe
+
+    def __call__(self, epoch: int, variables: dict, trust: safeclip.Trust) -> dict[str, Any]:
+        """Numbers for the history."""
+        if not self.recipe.splits(epoch):
+            return {}
+        found = {"leak": metrics.leak(trust.safe, self.is_poison)._asdict()}
+        if self.is_poison.any():
+            found |= metrics.detection(-trust.scores, self.is_poison)._asdict()
+        if epoch == self.recipe.first_mixed:
+            mixture, _ = safeclip.fit_mixture(trust.scores)
+            found["histogram"] = {
+                "edges": BINS.tolist(),
+                "clean": np.histogram(trust.scores[~self.is_poison], BINS)[0].tolist(),
+                "poisons": np.histogram(trust.scores[self.is_poison], BINS)[0].tolist(),
+                "mixture": {**mixture._asdict(), "bimodal": mixture.is_bimodal},
+            }
+        return found
+
+
+def watch(manifest: Manifest, pairs: Pairs, recipe: safeclip.Recipe) -> Watch:
+    """A `Watch` over the poisons of a manifest in the pairs that are trained on."""
+    return Watch(poisoned(manifest, pairs.indices), recipe)

@@ -1,0 +1,170 @@
+"""What the SAFECLIP experiment compares: attacks, trainers, defences, data, presets."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+# The attack by which settings are chosen: poisons that the defender plants.
+CANARIES = "canaries"
+CHOSEN = "safeclip_recommended"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One way to poison the training pairs; `targets` images, or a trigger, or both as canaries."""
+
+    targets: int = 0
+    per_target: int = 0
+    trigger: str | None = None  # a function of `safeclip.triggers`
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rate: int = 0  # triggered pairs
+    style: str = "dirty"
+
+
+ATTACKS = {
+    "targeted": Attack(targets=16, per_target=30),
+    "badnets": Attack(trigger="badnets", options={"size": 5 / 32}, rate=300),
+    "blended": Attack(trigger="blended", options={"alpha": 0.2}, rate=300),
+    "wanet": Attack(trigger="wanet", options={"strength": 1.5}, rate=300),
+    CANARIES: Attack(targets=16, per_target=30, rate=300),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row: a trainer, and what is done before or after it."""
+
+    trainer: str = "safeclip"  # as of `safeclip.Recipe`
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    official: bool = False  # the authors' schedule, scoring and mixture
+    strength: float = 1.0  # of the views' colours and blur
+    # Fine-tuning of this method's network on clean pairs, or training without what looks like an
+    # outlier to it.
+    after: str | None = None
+    detector: str | None = None  # of `safeclip.density`
+    dropped: float = 0.1  # share of the pairs that the detector takes out
+
+
+METHODS = {
+    "clip": Method(trainer="clip"),
+    "clip_augmented": Method(trainer="clip_augmented"),
+    "roclip": Method(trainer="roclip"),
+    "safeclip_official": Method(official=True),
+    "safeclip_fixed": Method(),
+    CHOSEN: Method(),
+    "cleanclip": Method(trainer="cleanclip", after="clip_augmented"),
+    "density_filter": Method(trainer="clip_augmented", after="clip_augmented", detector="dao"),
+}
+# Settings of SAFECLIP that canaries choose from, and that are looked at one by one.
+CANDIDATES = {
+    "safeclip_fixed": Method(),
+    "slow_rate_3": Method(settings={"slow_rate": 3e-5}),
+    "slow_rate_10": Method(settings={"slow_rate": 1e-4}),
+    "slow_epochs_3": Method(settings={"slow_epochs": 3}),
+    "threshold_50": Method(settings={"threshold": 0.5}),
+    "growth_0": Method(settings={"growth": 0.0}),
+    "growth_3": Method(settings={"growth": 0.03}),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tower:
+    """The dual encoder: the image tower's arguments, and the size of the text transformer."""
+
+    model: Mapping[str, Any]
+    dim: int
+    projection: bool
+    vocabulary: int
+    length: int
+    width: int
+    depth: int
+    heads: int
+
+
+SMALL = Tower(
+    model={
+        "name": "small_cnn", "channels": (32, 64, 128), "strides": (2, 2, 2), "kernel": 3,
+        "dense": (), "classes": 128, "norm": "group",
+    },
+    dim=128, projection=False, vocabulary=1000, length=24, width=64, depth=2, heads=4,
+)  # fmt: skip
+RESNET = Tower(
+    model={"name": "clip_resnet", "classes": 1024}, dim=1024, projection=False,
+    vocabulary=49_408, length=77, width=512, depth=12, heads=8,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One preset; a cell is one (attack, method, seed)."""
+
+    data: str = "emoji"  # or a table of image and caption, as `data.load_pairs` reads
+    held_out: str = ""  # likewise, where `data` is a table
+    size: int = 32
+    train_pairs: int | None = None
+    by: str = "group"  # classes of attack and zero-shot test
+    tower: Tower = SMALL
+    attacks: Mapping[str, Attack] = dataclasses.field(default_factory=lambda: ATTACKS)
+    methods: Mapping[str, Method] = dataclasses.field(default_factory=lambda: METHODS)
+    candidates: Mapping[str, Method] = dataclasses.field(default_factory=lambda: CANDIDATES)
+    ablated: tuple[str, ...] = ("targeted", "badnets")  # attacks that candidates meet, on one seed
+    seeds: tuple[int, ...] = (0, 1, 2)
+    # Settings of every trainer; `Recipe` says what they mean.
+    recipe: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {
+            "epochs": 20, "batch_size": 256, "peak": 1e-3, "slow_rate": 1e-5, "warmup": 50,
+            "pool": 512,
+        }
+    )  # fmt: skip
+    cleaning: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {
+            "epochs": 10, "batch_size": 64, "peak": 1e-4, "warmup": 50, "pool": 64
+        }
+    )  # fmt: skip
+    limit: float = 0.1  # success of the canaries that a setting may leave
+    save_every: float = 30.0
+
+
+PRESETS = {
+    "smoke": Config(
+        train_pairs=200,
+        tower=dataclasses.replace(SMALL, width=32, depth=1, heads=2),
+        attacks={
+            "badnets": dataclasses.replace(ATTACKS["badnets"], rate=8),
+            CANARIES: Attack(targets=2, per_target=4, rate=8),
+        },
+        methods={name: METHODS[name] for name in ("clip_augmented", CHOSEN)},
+        candidates={"safeclip_fixed": CANDIDATES["safeclip_fixed"]},
+        ablated=(), seeds=(0,),
+        recipe={
+            "epochs": 3, "unimodal_epochs": 1, "batch_size": 32, "peak": 1e-3, "slow_rate": 1e-5,
+            "warmup": 5, "pool": 64,
+        },
+    ),
+    "quick": Config(
+        attacks={name: ATTACKS[name] for name in ("targeted", "badnets")},
+        methods={name: METHODS[name] for name in ("clip_augmented", "safeclip_fixed")},
+        candidates={}, ablated=(), seeds=(0,),
+    ),
+    "laptop": Config(),
+    "paper": Config(
+        data="cc3m/train.tsv", held_out="cc3m/validation.tsv", size=224, train_pairs=1_000_000,
+        tower=RESNET,
+        attacks={
+            "targeted": Attack(targets=16, per_target=30),
+            **{
+                name: Attack(trigger=name, rate=500)
+                for name in ("badnets", "blended", "wanet", "sig")
+            },
+            "label_consistent": Attack(trigger="badnets", rate=500, style="consistent"),
+            CANARIES: Attack(targets=16, per_target=30, rate=500),
+        },
+        ablated=(),
+        recipe={
+            "epochs": 32, "batch_size": 512, "peak": 5e-4, "slow_rate": 5e-6, "warmup": 10_000,
+            "pool": 21_845,
+        },
+        cleaning={"epochs": 10, "batch_size": 64, "peak": 1e-5, "warmup": 50, "pool": 64},
+        save_every=600.0,
+    ),
+}  # fmt: skip
