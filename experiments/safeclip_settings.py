@@ -86,7 +86,7 @@ SMALL = Tower(
         "name": "small_cnn", "channels": (32, 64, 128), "strides": (2, 2, 2), "kernel": 3,
         "dense": (), "classes": 128, "norm": "group",
     },
-    dim=128, projection=False, vocabulary=1000, length=24, width=64, depth=2, heads=4,
+    dim=128, projection=False, vocabulary=1000, length=20, width=64, depth=2, heads=2,
 )  # fmt: skip
 RESNET = Tower(
     model={"name": "clip_resnet", "classes": 1024}, dim=1024, projection=False,
@@ -128,7 +128,7 @@ class Config:
 PRESETS = {
     "smoke": Config(
         train_pairs=200,
-        tower=dataclasses.replace(SMALL, width=32, depth=1, heads=2),
+        tower=dataclasses.replace(SMALL, width=32, depth=1),
         attacks={
             "badnets": dataclasses.replace(ATTACKS["badnets"], rate=8),
             CANARIES: Attack(targets=2, per_target=4, rate=8),

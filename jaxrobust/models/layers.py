@@ -143,7 +143,10 @@ class Dense(nn.Module):
         start = _uniform(shape[0] ** -0.5) if self.uniform_bias else nn.initializers.zeros
         bias = self.param("bias", start, (self.features,), jnp.float32)
         x, kernel, bias = mode.cast(x, kernel, bias)
-        return x @ kernel + bias
+        # As one matrix: XLA's CPU backend takes three times as long for the gradient of a product
+        # that sums over two axes.
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat @ kernel + bias).reshape(*x.shape[:-1], self.features)
 
 
 def _uniform(bound: float) -> Callable[..., Array]:
