@@ -37,8 +37,8 @@ def canaries(
         per_target: copies of each target image; a count, or a share of the pairs.
         rate: triggered images; a count, or a share of the pairs.
         targets: how many target images.
-        pool: where images come from, best not from training; by default the training set, whose
-            own captions then speak for the images too.
+        pool: where target images come from, best not from training; by default the training set,
+            whose own captions then speak for the images too. Triggers are put on training images.
         trigger: of the backdoor; by default one of another kind than those to be avoided.
         templates: of the captions.
         avoid: manifests of attacks on which the defence will be judged: their classes, images,
@@ -57,13 +57,14 @@ def canaries(
     names = _allowed_classes(classes, known, random)
     _check_templates(templates, known)
     trigger = _other_trigger(known, trigger, seed)
-    pool = _unused(pairs if pool is None else pool, known)
+    unused = _unused(pairs, known)
+    pool = unused if pool is None else _unused(pool, known)
     *aims, last = names[: targets + 1]
     aims = [aims[number % len(aims)] for number in range(targets)]
     options = {"templates": templates, "seed": seed, "canary": True}
     chosen = pool.take(_rows(pool, aims, random))
     planted, first = targeted(pairs, chosen, aims, per_target=per_target, **options)
-    rest = pool.take(np.flatnonzero(~np.isin(pool.indices, chosen.indices)))
+    rest = unused.take(np.flatnonzero(~np.isin(unused.indices, chosen.indices)))
     planted, second = backdoor(planted, trigger, last, rate=_of(rate, pairs), pool=rest, **options)
     return planted, join(first, second)
 
