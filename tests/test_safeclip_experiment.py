@@ -1,0 +1,185 @@
+"""The SAFECLIP experiment: whose setting is chosen, what the tables say, what is planted."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from experiments import plots_safeclip, safeclip
+from experiments.safeclip_evaluation import Judge, Watch
+from experiments.safeclip_settings import CANARIES, PRESETS, Attack, Config
+from jaxrobust import safeclip as library
+from jaxrobust.data.pairs import Pairs
+
+NAMES = ("apple", "bird", "cloud", "drum", "eagle", "flag")
+
+
+def share(successes, n):
+    return {"successes": successes, "n": n, "estimate": successes / n, "low": 0.0, "high": 1.0}
+
+
+def metrics(targeted=None, backdoor=None, top1=0.5, recall=0.4):
+    found = {
+        "zero_shot": {"top1": top1, "top5": 0.9},
+        "retrieval": {"image_to_text_r5": recall, "text_to_image_r5": recall},
+        "epoch_seconds": 2.0,
+    }
+    if targeted is not None:
+        found["targeted"] = share(targeted, 16)
+    if backdoor is not None:
+        found["backdoor"] = {"success": share(backdoor, 100), "accuracy": share(30, 100)}
+    return found
+
+
+def results(**by_method):
+    cells = [
+        {"key": {"attack": CANARIES, "method": name, "seed": 0}, "metrics": found}
+        for name, found in by_method.items()
+    ]
+    return SimpleNamespace(cells=cells)
+
+
+def test_the_most_useful_setting_that_stops_the_canaries_is_chosen():
+    found = results(
+        safeclip_fixed=metrics(1, 5, top1=0.4),
+        growth_0=metrics(0, 10, top1=0.45),
+        growth_3=metrics(2, 0, top1=0.9),  # lets 12.5 % of the targets by
+        slow_rate_3=metrics(0, 11, top1=0.9),
+    )
+    assert safeclip.chosen(found, Config()) == "growth_0"
+
+
+def test_without_a_setting_that_stops_them_the_one_that_lets_by_the_least_is_chosen():
+    found = results(safeclip_fixed=metrics(8, 0), growth_0=metrics(3, 20), growth_3=metrics(4, 0))
+    assert safeclip.chosen(found, Config()) == "growth_0"
+
+
+def test_the_attacks_on_which_it_is_judged_do_not_choose():
+    found = results(safeclip_fixed=metrics(0, 0, top1=0.3), growth_0=metrics(0, 0, top1=0.2))
+    found.cells.append(
+        {"key": {"attack": "targeted", "method": "growth_3", "seed": 0}, "metrics": metrics(0, 0)}
+    )
+    assert safeclip.chosen(found, Config()) == "safeclip_fixed"
+
+
+def pictures(count, start):
+    random = np.random.RandomState(start)
+    labels = (np.arange(count) % len(NAMES)).astype(np.int32)
+    return Pairs(
+        random.rand(count, 8, 8, 3).astype(np.float32),
+        tuple(f"number {start + row}" for row in range(count)),
+        np.arange(start, start + count, dtype=np.int32),
+        labels,
+        NAMES,
+    )
+
+
+@pytest.fixture(scope="module")
+def world():
+    test, validation = pictures(30, 1000), pictures(30, 2000)
+    return SimpleNamespace(
+        train=pictures(60, 0), test=Judge(test, test), validation=Judge(validation, validation)
+    )
+
+
+CONFIG = Config(
+    attacks={
+        "targeted": Attack(targets=4, per_target=3),
+        "badnets": Attack(trigger="badnets", options={"size": 0.25}, rate=10),
+        CANARIES: Attack(targets=3, per_target=2, rate=5),
+    }
+)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_planted_is_found_again_and_canaries_share_nothing_with_it(world, seed):
+    manifests = {}
+    for attack in CONFIG.attacks:
+        key = {"attack": attack, "seed": seed}
+        pairs, manifests[attack] = safeclip.plant(key, CONFIG, world)
+        again, same = safeclip.plant(key, CONFIG, world)
+        assert same.sha256 == manifests[attack].sha256
+        assert again.captions == pairs.captions
+    canaries = manifests.pop(CANARIES)
+    attacked = [poison for found in manifests.values() for poison in found.poisons]
+    assert {p.target for p in canaries.poisons}.isdisjoint(p.target for p in attacked)
+    assert {i for p in canaries.poisons for i in p.sources}.isdisjoint(
+        i for p in attacked for i in p.sources
+    )
+    for poison in manifests["targeted"].poisons:
+        row = np.flatnonzero(world.test.pairs.indices == poison.sources[0])[0]
+        assert NAMES[world.test.pairs.labels[row]] != poison.target
+
+
+def test_the_watch_counts_poisons_in_the_safe_set_from_the_split_on():
+    recipe = library.Recipe(epochs=4, unimodal_epochs=1, slow_epochs=1)
+    is_poison = np.array([False] * 8 + [True] * 2)
+    scores = np.r_[np.linspace(0.1, 0.9, 8), -0.5, 0.95]
+    safe = scores > 0.5
+    trust = library.Trust(scores, scores, safe)
+    watch = Watch(is_poison, recipe)
+    assert watch(2, {}, trust) == {}
+    found = watch(3, {}, trust)
+    assert (found["leak"]["successes"], found["leak"]["n"]) == (1, 2)
+    assert found["auroc"] == 0.5
+    histogram = found["histogram"]
+    assert sum(histogram["clean"]) == 8
+    assert sum(histogram["poisons"]) == 2
+    assert "histogram" not in watch(4, {}, trust)
+
+
+def write(path, cells):
+    config = {
+        "attacks": {name: {} for name in ("targeted", "badnets", CANARIES)},
+        "methods": {name: {} for name in ("clip_augmented", "safeclip_fixed", "roclip")},
+    }
+    cells = [
+        {"key": {"attack": attack, "method": method, "seed": seed}, "metrics": found}
+        for (attack, method, seed), found in cells.items()
+    ]
+    path.write_text(json.dumps({"config": config, "cells": cells}))
+    return path
+
+
+def test_a_defence_counts_only_where_the_attack_works_without_it(tmp_path):
+    path = write(
+        tmp_path / "safeclip-test.json",
+        {
+            ("targeted", "clip_augmented", 0): metrics(13),
+            ("targeted", "clip_augmented", 1): metrics(12),  # 75 %: too weak
+            ("targeted", "safeclip_fixed", 0): metrics(0, recall=0.37),
+            ("badnets", "clip_augmented", 0): metrics(backdoor=90),
+            ("badnets", "safeclip_fixed", 0): metrics(backdoor=11, recall=0.35),
+        },
+    )
+    lines = plots_safeclip.verdict(path).splitlines()[2:]
+    assert [line.strip("| ").split(" | ") for line in lines] == [
+        ["targeted", "**no**", "safeclip_fixed", "19.4", "yes", "100 / 92", "yes"],
+        ["badnets", "yes", "safeclip_fixed", "18.6", "no", "100 / 87", "no"],
+    ]
+
+
+def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
+    path = write(
+        tmp_path / "safeclip-test.json",
+        {
+            ("targeted", "clip_augmented", 0): metrics(16),
+            ("targeted", "clip_augmented", 1): metrics(12),
+            (CANARIES, "growth_0", 0): metrics(0, 4),
+        },
+    )
+    first, second = plots_safeclip.table(path).split("\n\n")
+    row = first.splitlines()[2].strip("| ").split(" | ")
+    assert row[:4] == ["targeted", "clip_augmented", "87.5 ± 17.7", "71.9 to 95.0"]
+    assert "| badnets | roclip | not run |" in first
+    assert "| canaries | growth_0 | 0.0 / 4.0 |" in second
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_method_of_a_preset_has_a_valid_recipe(preset):
+    config = PRESETS[preset]
+    for method in {**config.candidates, **config.methods}.values():
+        recipe = safeclip.recipe_of(method, config)
+        assert recipe.method == method.trainer
+        assert not method.after or method.after in config.methods
