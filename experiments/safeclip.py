@@ -266,10 +266,9 @@ def run(key: dict, config: Config, world: World, results, options) -> dict[str, 
     is_choice, own = key["method"] == CHOSEN, {}
     if is_choice:
         own = {"setting": chosen(results, config)}
-    variables, taken = trained(
-        {**key, "method": own.get("setting", key["method"])}, config, world, options
-    )
-    _, manifest = plant(key, config, world)
+    key = {**key, "method": own.get("setting", key["method"])}
+    variables, taken = trained(key, config, world, options)
+    manifest = safeclip.manifest.load(common.run_folder(options, config, key) / "manifest.json")
     judge = world.validation if key["attack"] == CANARIES else world.test
     return {
         **own, **safeclip_evaluation.evaluate(world, judge, manifest, variables), **taken

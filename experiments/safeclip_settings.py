@@ -89,7 +89,7 @@ SMALL = Tower(
     dim=128, projection=False, vocabulary=1000, length=20, width=64, depth=2, heads=2,
 )  # fmt: skip
 RESNET = Tower(
-    model={"name": "clip_resnet", "classes": 1024}, dim=1024, projection=False,
+    model={"name": "clip_resnet", "projection": 1024}, dim=1024, projection=False,
     vocabulary=49_408, length=77, width=512, depth=12, heads=8,
 )  # fmt: skip
 
@@ -157,7 +157,11 @@ PRESETS = {
                 for name in ("badnets", "blended", "wanet", "sig")
             },
             "label_consistent": Attack(trigger="badnets", rate=500, style="consistent"),
-            CANARIES: Attack(targets=16, per_target=30, rate=500),
+            # Every other kind of trigger is among the attacks.
+            CANARIES: Attack(
+                targets=16, per_target=30, rate=500, trigger="badnets",
+                options={"size": 0.1, "pattern": "checker", "place": (0.9, 0.1)},
+            ),
         },
         ablated=(),
         recipe={

@@ -307,4 +307,5 @@ def test_images_of_another_range_or_kind_are_refused(images, error, message):
 
 
 def test_images_a_rounding_outside_the_range_are_taken():
-    check_images(GREY + np.float32(1 + 1e-7))
+    images = GREY + np.float32(1 + 1e-7)
+    np.testing.assert_array_equal(check_images(images), images)

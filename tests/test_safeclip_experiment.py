@@ -3,12 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import plots_safeclip, safeclip
 from experiments.safeclip_evaluation import Judge, Watch
 from experiments.safeclip_settings import CANARIES, PRESETS, Attack, Config
+from jaxrobust import models
 from jaxrobust import safeclip as library
 from jaxrobust.data.pairs import Pairs
 
@@ -174,6 +176,30 @@ def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
     assert row[:4] == ["targeted", "clip_augmented", "87.5 ± 17.7", "71.9 to 95.0"]
     assert "| badnets | roclip | not run |" in first
     assert "| canaries | growth_0 | 0.0 / 4.0 |" in second
+
+
+@pytest.mark.parametrize("preset", ["laptop", "paper"])
+def test_the_triggers_of_a_preset_exist_and_the_canaries_can_avoid_them(preset):
+    attacks = PRESETS[preset].attacks
+    made = {
+        name: getattr(library.triggers, attack.trigger)(**attack.options)
+        for name, attack in attacks.items()
+        if attack.trigger
+    }
+    kinds = {type(trigger) for name, trigger in made.items() if name != CANARIES}
+    own = made.get(CANARIES)
+    assert own not in [trigger for name, trigger in made.items() if name != CANARIES]
+    assert own or len(kinds) < 4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_tower_of_a_preset_can_be_built(preset):
+    tower = PRESETS[preset].tower
+    model = models.build(**tower.model)
+    size = PRESETS[preset].size
+    variables = jax.eval_shape(lambda key: model.init(key, (size, size, 3)), jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    assert jax.eval_shape(model.apply, variables, image).shape == (1, tower.dim)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

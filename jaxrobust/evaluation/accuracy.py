@@ -121,12 +121,16 @@ def accuracy_curve(
     whole = len(eps) * count
     with tqdm(total=whole, desc=progress, unit="image", disable=progress is None) as bar:
         for row, radius in enumerate(eps):
-            left = np.flatnonzero(standing) if radius else ()
+            left, found = np.flatnonzero(standing) if radius else (), []
             for start in range(0, len(left), batch_size):
                 rows = left[np.minimum(np.arange(start, start + batch_size), len(left) - 1)]
                 batch = (images[rows], labels[rows], keys[rows])
-                standing[rows] = _correct_at(apply, attack, np.float32(radius), variables, *batch)
+                right = _correct_at(apply, attack, np.float32(radius), variables, *batch)
+                found.append((rows, right))
                 bar.update(min(batch_size, len(left) - start))
+            # Not before: the next batch is under way while one is being computed.
+            for rows, right in found:
+                standing[rows] = right
             curve[row] = standing
             bar.update((row + 1) * count - bar.n)
     return curve
