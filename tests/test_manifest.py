@@ -54,7 +54,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ("changed after", lambda text: text.replace('"canary": false', '"canary": true', 1)),
         ("not a manifest", lambda text: text[:-20]),
         ("not a manifest of format", lambda text: "[1]"),
-        ("not a manifest of format", lambda text: text.replace('"format": 1', '"format": 2')),
+        ("not a manifest of format", lambda text: text.replace('"format": 2', '"format": 1')),
         ("expected fields", lambda text: text.replace('"clean"', '"clear"', 1)),
         ("kind must be", lambda text: text.replace('"targeted"', '"hidden"', 1)),
     ],

@@ -1,5 +1,6 @@
 """The SAFECLIP experiment: whose setting is chosen, what the tables say, what is planted."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -10,9 +11,10 @@ import pytest
 from experiments import plots_safeclip, safeclip
 from experiments.safeclip_evaluation import Judge, Watch
 from experiments.safeclip_settings import CANARIES, PRESETS, Attack, Config
-from jaxrobust import models
+from jaxrobust import data, models
 from jaxrobust import safeclip as library
 from jaxrobust.data.pairs import Pairs
+from tests.test_stored_images import write_table
 
 NAMES = ("apple", "bird", "cloud", "drum", "eagle", "flag")
 
@@ -209,3 +211,22 @@ def test_every_method_of_a_preset_has_a_valid_recipe(preset):
         recipe = safeclip.recipe_of(method, config)
         assert recipe.method == method.trainer
         assert not method.after or method.after in config.methods
+
+
+def test_the_papers_pairs_stay_on_disk(tmp_path, monkeypatch):
+    train, held_out = write_table(tmp_path, 9, 0), write_table(tmp_path, 5, 100)
+    cifar = data.pair_source(held_out, size=12).source
+    labelled = data.Dataset(
+        np.zeros((5, 8, 8, 3), np.float32), np.int32([0, 1, 0, 1, 1]), np.arange(5), ("cat", "dog")
+    )
+    monkeypatch.setattr(data, "load", lambda *_: labelled)
+    monkeypatch.setattr(data, "source", lambda *_, size: dataclasses.replace(cifar, size=size))
+    config = Config(data=str(train), held_out=str(held_out), size=12, train_pairs=7)
+    found, validation, test, shown = safeclip.table(config)
+    parts = (found, validation.pairs, test.pairs, validation.labelled, test.labelled)
+    assert [len(part.captions) for part in parts] == [7, 3, 2, 3, 2]
+    assert all(isinstance(part.images, data.StoredImages) for part in parts)
+    assert {part.images.shape[1:] for part in parts} == {(12, 12, 3)}
+    assert set(validation.labelled.indices).isdisjoint(found.indices)
+    assert validation.labelled.class_names == ("cat", "dog")
+    assert shown is None

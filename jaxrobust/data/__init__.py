@@ -21,6 +21,7 @@ from jaxrobust.data.pairs import Pairs, PairSource, load_pairs, pair_source
 from jaxrobust.data.photos import foolbox_photos
 from jaxrobust.data.prefetching import prefetch
 from jaxrobust.data.resampling import gaussian_blur, random_resized_crop
+from jaxrobust.data.stored_images import StoredImages, stored
 from jaxrobust.data.text_views import text_views, wordnet_synonyms
 from jaxrobust.data.tokens import Tokenizer, bpe_tokenizer, clip_tokenizer
 from jaxrobust.data.views import clip_views
@@ -31,6 +32,7 @@ __all__ = [
     "PairSource",
     "Pairs",
     "Source",
+    "StoredImages",
     "Tokenizer",
     "batches",
     "bpe_tokenizer",
@@ -59,6 +61,7 @@ __all__ = [
     "random_resized_crop",
     "source",
     "steps_per_epoch",
+    "stored",
     "stream",
     "text_views",
     "wordnet_synonyms",

@@ -6,6 +6,8 @@ pairs = coco_pairs("val", size=224)  # five captions an image are five rows
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from jaxrobust.data.dataset import Record, Source
 from jaxrobust.data.loading import Entry, prepared
 from jaxrobust.data.pair_faults import check_on_bad, row_faults, sift
@@ -73,4 +75,5 @@ def coco_pairs(
         ]
 
     texts = tuple(row.caption.strip() for row in kept)
-    return PairSource(Source(read, len(kept), texts, channels=3, size=size), counts)
+    indices = np.array([row.number for row in kept], np.int32)
+    return PairSource(Source(read, len(kept), texts, channels=3, size=size), indices, counts)

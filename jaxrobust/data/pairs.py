@@ -2,6 +2,7 @@
 
     pairs, counts = load_pairs("cc3m/train.tsv", size=64)
     source = pair_source("cc3m/train.tsv", size=224)
+    pairs = source.pairs()  # the same on disk
     for shard in source.shards(4096): ...
 
 A bad row is counted and logged, or raises; none is dropped in silence.
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from tqdm import tqdm
 
 from jaxrobust.data.dataset import (
@@ -28,22 +29,24 @@ from jaxrobust.data.dataset import (
 from jaxrobust.data.packages import require
 from jaxrobust.data.pair_faults import check_on_bad, row_faults, sift
 from jaxrobust.data.pair_tables import read_rows
+from jaxrobust.data.stored_images import Images, stored
 
 _CHECKED_AT_ONCE = 4096  # files whose checks are queued together
 
 
 class Pairs(NamedTuple):
-    """Images with their captions, in memory.
+    """Images with their captions.
 
     Attributes:
-        images: [n, h, w, c] float32 in [0, 1].
+        images: [n, h, w, c] float32 in [0, 1]: an array, or `StoredImages`, of which
+            `np.asarray(images[rows])` decodes some.
         captions: n texts.
         indices: [n] int32, an id that stays with the pair.
         labels: [n] int32 in [0, len(class_names)) for zero-shot tests; None without classes.
         class_names: one name per class, in the order of the labels.
     """
 
-    images: Float[np.ndarray, "n h w c"]
+    images: Images
     captions: tuple[str, ...]
     indices: Int[np.ndarray, "n"]
     labels: Int[np.ndarray, "n"] | None = None
@@ -68,10 +71,12 @@ class PairSource:
         source: the images, for `batches` and `stream`. A pair's class is its own caption: the
             label is its row and `class_names` are the captions, so that `tokens[batch["label"]]`
             are the texts of a batch.
+        indices: [n] int32, the ids that the pairs have.
         counts: "rows" of the table, "kept", and how many had each of `FAULTS`.
     """
 
     source: Source
+    indices: Int[np.ndarray, "n"]
     counts: Mapping[str, int]
 
     @property
@@ -99,6 +104,10 @@ class PairSource:
         """
         images, rows, indices, _ = self.source.take(positions, pool)
         return Pairs(images, tuple(self.captions[row] for row in rows), indices)
+
+    def pairs(self) -> Pairs:
+        """All pairs, with images that stay on disk."""
+        return Pairs(stored(self.source), self.captions, self.indices)
 
     def shards(self, size: int, *, start: int = 0, workers: int = 4) -> Iterator[Pairs]:
         """All pairs in their order, `size` at a time; the last shard may be smaller.
@@ -187,7 +196,8 @@ def pair_source(
         ]
 
     captions = tuple(row.caption.strip() for row in kept)
-    return PairSource(Source(read, len(kept), captions, channels=3, size=size), counts)
+    indices = np.array([row.number for row in kept], np.int32)
+    return PairSource(Source(read, len(kept), captions, channels=3, size=size), indices, counts)
 
 
 def load_pairs(

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxrobust import checkpoint, data, parallel
+from jaxrobust.data import stored_images
+from jaxrobust.data.stored_images import Images
 from jaxrobust.models import Clip
 from jaxrobust.safeclip.recipe import Pass, Recipe, passes
 from jaxrobust.safeclip.scoring import similarities
@@ -86,7 +88,8 @@ def fit(
     Args:
         clip: the dual encoder.
         recipe: the settings.
-        images: [n, h, w, c] float32 in [0, 1].
+        images: [n, h, w, c] float32 in [0, 1]: an array, or `data.StoredImages`, decoded batch by
+            batch while the devices work.
         tokens: [n, 1 + v, t] int32: the caption, then views of it.
         views: (keys, images) -> images, one random view; None leaves images as they are.
         seed: of the weights, the order and the views.
@@ -105,7 +108,7 @@ def fit(
         ValueError: pairs that do not fit together, or fewer than a batch.
         checkpoint.CheckpointError: `directory` holds another run.
     """
-    images, tokens = np.asarray(images), np.asarray(tokens)
+    images, tokens = stored_images.checked(images), np.asarray(tokens)
     _check(images, tokens, recipe)
     mesh = parallel.data_mesh() if mesh is None else mesh
     local = parallel.data_mesh(mesh.local_devices)
@@ -176,7 +179,7 @@ def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.A
 
 
 def _batches(
-    images: np.ndarray, tokens: np.ndarray, rows: np.ndarray, recipe: Recipe, seed: int,
+    images: Images, tokens: np.ndarray, rows: np.ndarray, recipe: Recipe, seed: int,
     loop: dict, mesh: Mesh,
 ) -> Iterator[Any]:  # fmt: skip
     """The pass's batches from where it stands, on their devices, each process its share."""
@@ -187,7 +190,7 @@ def _batches(
         order[k * size : (k + 1) * size][share] for k in range(loop["step"], len(order) // size)
     )
     made = (
-        {"image": images[part], "tokens": tokens[part], "index": part.astype(np.int32)}
+        {"image": np.asarray(images[part]), "tokens": tokens[part], "index": part.astype(np.int32)}
         for part in chosen
     )
     return data.prefetch(made, lambda batch: parallel.shard_batch(batch, mesh))
@@ -280,8 +283,7 @@ class _Saver:
         self.saved = time.monotonic()
 
 
-def _check(images: np.ndarray, tokens: np.ndarray, recipe: Recipe) -> None:
-    data.check_images(images)
+def _check(images: Images, tokens: np.ndarray, recipe: Recipe) -> None:
     if tokens.ndim != 3 or len(images) != len(tokens):
         raise ValueError(
             f"tokens must be [n, 1 + v, t] for the {len(images)} images, got {tokens.shape}"

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrobust.data import stored_images
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2  # in 1 the images' bytes themselves were hashed, not their digests
 # Copies of one image under another class's captions; a trigger under another class's captions; a
 # trigger on images of the class itself.
 KINDS = ("targeted", "backdoor", "label_consistent")
@@ -138,24 +139,25 @@ def record(clean: Pairs, poisoned: Pairs, poisons: Collection[Poison]) -> Manife
 
 
 def fingerprint(pairs: Pairs) -> str:
-    """SHA-256 over the ids, captions and image bytes of all pairs; their order does not count.
+    """SHA-256 over the ids, captions and pixels of all pairs; their order does not count.
 
     Raises:
         ValueError: an id occurs twice.
     """
-    images, indices = np.asarray(pairs.images), np.asarray(pairs.indices, np.int64)
+    indices = np.asarray(pairs.indices, np.int64)
     order = np.argsort(indices, kind="stable")
     twice = indices[order][1:] == indices[order][:-1]
     if twice.any():
         raise ValueError(
             f"indices must be unique, got {indices[order][1:][twice][0]} more than once"
         )
-    digest = hashlib.sha256(f"{images.dtype.str}{images.shape[1:]}".encode())
+    images = stored_images.digests(pairs.images)
+    digest = hashlib.sha256(f"{pairs.images.dtype.str}{pairs.images.shape[1:]}".encode())
     for row in order:
         caption = pairs.captions[row].encode("utf-8", "surrogatepass")
         digest.update(f"{indices[row]} {len(caption)} ".encode())
         digest.update(caption)
-        digest.update(np.ascontiguousarray(images[row]).tobytes())
+        digest.update(images[row])
     return digest.hexdigest()
 
 

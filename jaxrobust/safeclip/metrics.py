@@ -269,9 +269,14 @@ def try_backdoor(
         batch_size: images at a time.
         k: as for `backdoor_success`.
     """
-    indices = np.arange(len(images)) if indices is None else indices
-    triggered = trigger(images, indices)
-    scores = [embed(encode, x, batch_size=batch_size) @ prototypes.T for x in (triggered, images)]
+    indices = np.arange(len(images)) if indices is None else np.asarray(indices)
+
+    def seen(rows):
+        return encode(trigger(np.asarray(images[rows]), indices[rows]))
+
+    triggered = embed(seen, np.arange(len(images)), batch_size=batch_size)
+    plain = embed(encode, images, batch_size=batch_size)
+    scores = (triggered @ prototypes.T, plain @ prototypes.T)
     return backdoor_success(*scores, labels, target, k=k)
 
 

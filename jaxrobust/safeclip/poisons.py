@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxrobust.data import stored_images
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.safeclip import triggers
 from jaxrobust.safeclip.manifest import Manifest, Poison, record
@@ -73,7 +74,7 @@ def targeted(
         free += count
         sources = (int(source),) * count
         poisons.append(Poison("targeted", name, ids, captions, sources, None, seed, canary))
-    images = targets.images[np.repeat(np.arange(len(classes)), counts)]
+    images = np.asarray(targets.images)[np.repeat(np.arange(len(classes)), counts)]
     poisoned = _with(pairs, images, poisons)
     return poisoned, record(pairs, poisoned, poisons)
 
@@ -137,15 +138,13 @@ def backdoor(
         kind = "backdoor"
     else:
         ids, captions, kind = sources, chosen.captions, "label_consistent"
-    images = np.asarray(trigger(chosen.images, np.array(ids)))
+    images = np.asarray(trigger(np.asarray(chosen.images), np.array(ids)))
     images = (np.round(images * 255) / 255).astype(np.float32)
     poison = Poison(kind, target, ids, captions, sources, triggers.as_dict(trigger), seed, canary)
     if dirty:
         poisoned = _with(pairs, images, [poison])
     else:
-        changed = np.array(pairs.images)
-        changed[rows] = images
-        poisoned = pairs._replace(images=changed)
+        poisoned = pairs._replace(images=stored_images.replaced(pairs.images, rows, images))
     return poisoned, record(pairs, poisoned, [poison])
 
 
@@ -178,7 +177,7 @@ def _with(pairs, images, poisons):
     captions = tuple(caption for poison in poisons for caption in poison.captions)
     ids = np.array([index for poison in poisons for index in poison.indices], np.int32)
     return Pairs(
-        np.concatenate([pairs.images, images]).astype(np.float32),
+        stored_images.joined(pairs.images, images),
         (*pairs.captions, *captions),
         np.concatenate([pairs.indices, ids]).astype(np.int32),
     )

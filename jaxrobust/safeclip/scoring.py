@@ -38,7 +38,7 @@ def similarities(
     Args:
         clip: the dual encoder, in inference mode.
         variables: its variables.
-        images: [n, h, w, c] float32 in [0, 1].
+        images: [n, h, w, c] float32 in [0, 1], an array or `data.StoredImages`.
         tokens: [n, 1 + v, t]: the caption, then views of it.
         scoring: "clean" looks at the pair as it is; "augmented" at one random view of both, as the
             authors' code does, which adds noise.
@@ -72,7 +72,7 @@ def similarities(
     found = []
     for start in tqdm(range(0, share, size), "similarities", disable=not progress):
         rows = chosen[np.minimum(np.arange(start, start + size), share - 1)]
-        batch = images[rows], tokens[rows], keys[rows]
+        batch = np.asarray(images[rows]), tokens[rows], keys[rows]
         found.append(np.asarray(_run(look, mesh, variables, batch)))
     own = np.concatenate(found)[:share]
     return parallel.from_all_processes(own)[:count].astype(np.float64)
