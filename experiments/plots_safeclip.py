@@ -192,7 +192,7 @@ def leaks(path: Path) -> None:
 
 def triggered(path: Path, pairs: Pairs, config: Config) -> None:
     """Pictures as they are, and with every trigger on them."""
-    images, indices = pairs.images[:6], pairs.indices[:6]
+    images, indices = np.asarray(pairs.images[:6]), pairs.indices[:6]
     rows = {"clean": images}
     for name, attack in config.attacks.items():
         if attack.trigger:

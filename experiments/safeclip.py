@@ -6,10 +6,10 @@
     python -m experiments.safeclip --preset smoke     # seconds
 
 Captioned emoji are poisoned, a small dual encoder is trained on them by CLIP, RoCLIP and SAFECLIP,
-and others are cleaned afterwards or filtered before. How SAFECLIP is set is chosen by canaries:
-poisons of the defender's own that share no class, picture, trigger or template with the attacks.
-Every attack's pairs are described by a hashed manifest beside the weights. A run that is stopped
-goes on.
+and others are cleaned afterwards, or filtered or freed of copies before. How SAFECLIP is set is
+chosen by canaries: poisons of the defender's own that share no class, picture, trigger or template
+with the attacks. Every attack's pairs are described by a hashed manifest beside the weights. A run
+that is stopped goes on.
 """
 
 import time
@@ -109,7 +109,10 @@ def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
         next(name for name in random.permutation(aims) if differs(chosen, row, name))
         for row in range(attack.targets)
     ]
-    return safeclip.targeted(world.train, chosen, wanted, per_target=attack.per_target, seed=seed)
+    views = partial(data.clip_views, strength=attack.views) if attack.views else None
+    return safeclip.targeted(
+        world.train, chosen, wanted, per_target=attack.per_target, views=views, seed=seed
+    )
 
 
 def differs(pairs: Pairs, row: int, name: str) -> bool:
@@ -145,6 +148,9 @@ def trained(key: dict, config: Config, world: World, options) -> tuple[dict, dic
         pairs, manifest = plant(key, config, world)
         manifest.save(folder / "manifest.json")
         taken, start = {"pairs": len(pairs.captions), "manifest": manifest.sha256}, None
+        if method.copies:
+            pairs, found = thinned(method, pairs, manifest, key["seed"])
+            taken |= found
         if method.after:
             before = trained({**key, "method": method.after}, config, world, options)[0]
             if method.detector:
@@ -180,6 +186,18 @@ def clean_pairs(config: Config, world: World) -> Pairs:
     if config.data != "emoji":
         return world.validation.pairs
     return data.load_emoji_pairs("validation", size=config.size, by=config.by)
+
+
+def thinned(method: Method, pairs, manifest, seed: int) -> tuple[Pairs, dict]:
+    """The pairs with few near copies of each image, and who of the poisons is still there."""
+    groups = safeclip.near_copies(safeclip.thumbnails(pairs.images))
+    keep = np.isin(np.arange(len(groups)), safeclip.thin(groups, method.copies, seed=seed))
+    is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
+    found = {
+        "thinned_pairs": int(keep.sum()),
+        "thinned_leak": safeclip.metrics.leak(keep, is_poison)._asdict(),
+    }
+    return pairs.take(np.flatnonzero(keep)), found
 
 
 def filtered(method: Method, world: World, pairs, manifest, before) -> tuple[Pairs, dict]:

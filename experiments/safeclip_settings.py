@@ -15,6 +15,7 @@ class Attack:
 
     targets: int = 0
     per_target: int = 0
+    views: float = 0.0  # strength of the random views that take the place of exact copies
     trigger: str | None = None  # a function of `safeclip.triggers`
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rate: int = 0  # triggered pairs
@@ -23,6 +24,8 @@ class Attack:
 
 ATTACKS = {
     "targeted": Attack(targets=16, per_target=30),
+    # Knows that copies are looked for.
+    "targeted_views": Attack(targets=16, per_target=30, views=0.5),
     "badnets": Attack(trigger="badnets", options={"size": 5 / 32}, rate=300),
     "blended": Attack(trigger="blended", options={"alpha": 0.2}, rate=300),
     "wanet": Attack(trigger="wanet", options={"strength": 1.5}, rate=300),
@@ -38,6 +41,7 @@ class Method:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     official: bool = False  # the authors' schedule, scoring and mixture
     strength: float = 1.0  # of the views' colours and blur
+    copies: int | None = None  # near copies of one image that are trained on, at most
     # Fine-tuning of this method's network on clean pairs, or training without what looks like an
     # outlier to it.
     after: str | None = None
@@ -48,6 +52,7 @@ class Method:
 METHODS = {
     "clip": Method(trainer="clip"),
     "clip_augmented": Method(trainer="clip_augmented"),
+    "clip_thinned": Method(trainer="clip_augmented", copies=5),
     "roclip": Method(trainer="roclip"),
     "safeclip_official": Method(official=True),
     "safeclip_fixed": Method(),
@@ -55,15 +60,21 @@ METHODS = {
     "cleanclip": Method(trainer="cleanclip", after="clip_augmented"),
     "density_filter": Method(trainer="clip_augmented", after="clip_augmented", detector="dao"),
 }
-# Settings of SAFECLIP that canaries choose from, and that are looked at one by one.
+# Settings of SAFECLIP that canaries choose from: single changes, and those that helped together.
+# Five captions of a picture are honest in the embedded set.
+_FASTER = {"slow_rate": 3e-4, "growth": 0.05}
 CANDIDATES = {
     "safeclip_fixed": Method(),
-    "slow_rate_3": Method(settings={"slow_rate": 3e-5}),
     "slow_rate_10": Method(settings={"slow_rate": 1e-4}),
+    "slow_rate_30": Method(settings={"slow_rate": 3e-4}),
     "slow_epochs_3": Method(settings={"slow_epochs": 3}),
     "threshold_50": Method(settings={"threshold": 0.5}),
     "growth_0": Method(settings={"growth": 0.0}),
-    "growth_3": Method(settings={"growth": 0.03}),
+    "growth_5": Method(settings={"growth": 0.05}),
+    "thinned": Method(copies=5),
+    "faster": Method(settings=_FASTER),
+    "faster_thinned": Method(settings=_FASTER, copies=5),
+    "faster_thinned_2": Method(settings=_FASTER, copies=2),
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -267,3 +268,25 @@ def test_canaries_are_refused_what_others_use():
 def test_bad_arguments_are_refused(message, call):
     with pytest.raises(ValueError, match=message):
         call(HELD.take([0]))
+
+
+# ---- copies that are not exact ------------------------------------------------------------------
+
+
+def test_each_copy_is_another_view_when_views_are_given():
+    def views(keys, images):
+        return (
+            images + 0.1 * jax.vmap(lambda key: jax.random.uniform(key))(keys)[:, None, None, None]
+        )
+
+    held = HELD.take([0, 1])
+    plain, _ = poisons.targeted(PAIRS, held, ["dog", "owl"], per_target=3)
+    varied, record = poisons.targeted(PAIRS, held, ["dog", "owl"], per_target=3, views=views)
+    again, _ = poisons.targeted(PAIRS, held, ["dog", "owl"], per_target=3, views=views)
+    assert same(varied[:3], again[:3])
+    assert varied.captions == plain.captions
+    added = varied.images[len(PAIRS.captions) :]
+    assert len({image.tobytes() for image in added}) == 6
+    np.testing.assert_array_equal(added, (np.round(added * 255) / 255).astype(np.float32))
+    assert ((added >= 0) & (added <= 1)).all()
+    assert record.poisons[0].sources == (HELD.indices[0],) * 3

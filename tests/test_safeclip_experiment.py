@@ -10,7 +10,7 @@ import pytest
 
 from experiments import plots_safeclip, safeclip
 from experiments.safeclip_evaluation import Judge, Watch
-from experiments.safeclip_settings import CANARIES, PRESETS, Attack, Config
+from experiments.safeclip_settings import CANARIES, PRESETS, Attack, Config, Method
 from jaxrobust import data, models
 from jaxrobust import safeclip as library
 from jaxrobust.data.pairs import Pairs
@@ -48,21 +48,21 @@ def test_the_most_useful_setting_that_stops_the_canaries_is_chosen():
     found = results(
         safeclip_fixed=metrics(1, 5, top1=0.4),
         growth_0=metrics(0, 10, top1=0.45),
-        growth_3=metrics(2, 0, top1=0.9),  # lets 12.5 % of the targets by
-        slow_rate_3=metrics(0, 11, top1=0.9),
+        growth_5=metrics(2, 0, top1=0.9),  # lets 12.5 % of the targets by
+        slow_rate_30=metrics(0, 11, top1=0.9),
     )
     assert safeclip.chosen(found, Config()) == "growth_0"
 
 
 def test_without_a_setting_that_stops_them_the_one_that_lets_by_the_least_is_chosen():
-    found = results(safeclip_fixed=metrics(8, 0), growth_0=metrics(3, 20), growth_3=metrics(4, 0))
+    found = results(safeclip_fixed=metrics(8, 0), growth_0=metrics(3, 20), growth_5=metrics(4, 0))
     assert safeclip.chosen(found, Config()) == "growth_0"
 
 
 def test_the_attacks_on_which_it_is_judged_do_not_choose():
     found = results(safeclip_fixed=metrics(0, 0, top1=0.3), growth_0=metrics(0, 0, top1=0.2))
     found.cells.append(
-        {"key": {"attack": "targeted", "method": "growth_3", "seed": 0}, "metrics": metrics(0, 0)}
+        {"key": {"attack": "targeted", "method": "growth_5", "seed": 0}, "metrics": metrics(0, 0)}
     )
     assert safeclip.chosen(found, Config()) == "safeclip_fixed"
 
@@ -230,3 +230,11 @@ def test_the_papers_pairs_stay_on_disk(tmp_path, monkeypatch):
     assert set(validation.labelled.indices).isdisjoint(found.indices)
     assert validation.labelled.class_names == ("cat", "dog")
     assert shown is None
+
+
+def test_copies_beyond_the_allowed_are_taken_out_and_counted(world):
+    pairs, manifest = safeclip.plant({"attack": "targeted", "seed": 0}, CONFIG, world)
+    kept, found = safeclip.thinned(Method(copies=2), pairs, manifest, 0)
+    assert found["thinned_pairs"] == len(kept.captions) == len(pairs.captions) - 4
+    assert (found["thinned_leak"]["successes"], found["thinned_leak"]["n"]) == (8, 12)
+    assert kept.captions[:60] == world.train.captions

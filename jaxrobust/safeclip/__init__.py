@@ -10,6 +10,7 @@ Source: Yang et al. 2024, "Better Safe than Sorry" (arXiv:2310.05862).
 
 from jaxrobust.safeclip import density, metrics, templates, triggers
 from jaxrobust.safeclip.canary import canaries
+from jaxrobust.safeclip.copies import near_copies, thin, thumbnails
 from jaxrobust.safeclip.fit import Pretrained, Trust, fit
 from jaxrobust.safeclip.manifest import Manifest
 from jaxrobust.safeclip.poisons import backdoor, targeted
@@ -58,6 +59,7 @@ __all__ = [
     "largest",
     "metrics",
     "mixed_rates",
+    "near_copies",
     "nearest",
     "official",
     "passes",
@@ -67,6 +69,8 @@ __all__ = [
     "similarities",
     "targeted",
     "templates",
+    "thin",
+    "thumbnails",
     "training_step",
     "triggers",
 ]

@@ -8,10 +8,14 @@ Everything that is drawn depends on the seed alone. Rates are counts (int) or sh
 (float).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxrobust.attacks.inputs import example_keys
 from jaxrobust.data import stored_images
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.safeclip import triggers
@@ -32,6 +36,7 @@ def targeted(
     per_target: Rate | None = None,
     total: Rate | None = None,
     templates: Sequence[str] | None = ATTACK,
+    views: Callable[..., Any] | None = None,
     seed: int = 0,
     canary: bool = False,
 ) -> tuple[Pairs, Manifest]:
@@ -45,7 +50,9 @@ def targeted(
         total: copies of all images together, shared out evenly, the first getting what is left.
         templates: of the captions; None draws from the captions of `pairs` that hold the class as
             a whole word. Each is used as often as any other, up to one.
-        seed: of the captions.
+        views: (keys, images) -> images, a random view of each copy, such as `data.clip_views`: an
+            attacker who expects that copies are looked for. None copies exactly.
+        seed: of the captions and views.
         canary: planted by the defender.
 
     Returns:
@@ -75,6 +82,9 @@ def targeted(
         sources = (int(source),) * count
         poisons.append(Poison("targeted", name, ids, captions, sources, None, seed, canary))
     images = np.asarray(targets.images)[np.repeat(np.arange(len(classes)), counts)]
+    if views is not None:
+        keys = example_keys(jax.random.key(seed), len(images))
+        images = _as_stored(views(keys, jnp.asarray(images)))
     poisoned = _with(pairs, images, poisons)
     return poisoned, record(pairs, poisoned, poisons)
 
@@ -95,7 +105,7 @@ def backdoor(
 
     "dirty" adds triggered copies of other images under captions of the class; "consistent" puts
     the trigger on images whose own caption holds the class, and leaves caption and id as they are.
-    Triggered images are rounded to 8 bits, as a file has them: so they are the same everywhere.
+    Triggered images are rounded to 8 bits.
 
     Args:
         pairs: the training set.
@@ -138,14 +148,19 @@ def backdoor(
         kind = "backdoor"
     else:
         ids, captions, kind = sources, chosen.captions, "label_consistent"
-    images = np.asarray(trigger(np.asarray(chosen.images), np.array(ids)))
-    images = (np.round(images * 255) / 255).astype(np.float32)
+    images = trigger(np.asarray(chosen.images), np.array(ids))
+    images = _as_stored(images)
     poison = Poison(kind, target, ids, captions, sources, triggers.as_dict(trigger), seed, canary)
     if dirty:
         poisoned = _with(pairs, images, [poison])
     else:
         poisoned = pairs._replace(images=stored_images.replaced(pairs.images, rows, images))
     return poisoned, record(pairs, poisoned, [poison])
+
+
+def _as_stored(images):
+    """Images rounded to 8 bits, as a file has them: so they are the same everywhere."""
+    return (np.round(np.clip(np.asarray(images), 0, 1) * 255) / 255).astype(np.float32)
 
 
 def _draw_images(pool, target, count, dirty, random):
