@@ -1,6 +1,8 @@
 """Tables and plots of the SAFECLIP experiment, drawn from its results file."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +26,8 @@ def table(path: Path) -> str:
     config, rows = record["config"], rows_of(record, "attack", "method")
     header = [
         "attack", "training", "success %", "Wilson, all seeds", "triggered, true class %",
-        "zero-shot top-1 / 5 %", "retrieval R@5 %", "probe %", "poisons kept %", "AUROC",
-        "s per epoch", "seeds",
+        "zero-shot top-1 / 5 %", "other style, top-1 %", "retrieval R@5 %",
+        "probe %", "poisons kept %", "AUROC", "s per epoch", "seeds",
     ]  # fmt: skip
     lines = []
     for attack in config["attacks"]:
@@ -60,13 +62,19 @@ def columns(cells: list[dict]) -> list[str]:
         " / ".join(f"{percent(low)} to {percent(high)}" for low, high in pooled),
         spread(truth) if truth else "",
         " / ".join(tops),
+        optional(cells, "zero_shot_style", lambda found: found["top1"]),
         spread([recall(cell) for cell in cells]),
-        spread([cell["linear_probe"] for cell in cells]) if "linear_probe" in cells[0] else "",
+        optional(cells, "linear_probe", float),
         spread(leaks) if leaks else "",
         f"{np.mean(areas):.2f}" if areas else "",
         f"{np.median([cell['epoch_seconds'] for cell in cells]):.1f}",
         str(len(cells)),
     ]
+
+
+def optional(cells: list[dict], name: str, of: Callable[[Any], float]) -> str:
+    """The spread of a figure that not every data set has."""
+    return spread([of(cell[name]) for cell in cells]) if name in cells[0] else ""
 
 
 def share_of(cell: dict, kind: str) -> dict:

@@ -41,29 +41,35 @@ LABELLED_ID = 2**29
 
 def world_of(config: Config) -> World:
     """Training pairs, the two sets to judge by, tokenizer and network."""
-    train, validation, test, shown = (emoji if config.data == "emoji" else table)(config)
+    parts = (emoji if config.data == "emoji" else table)(config)
     tower = config.tower
-    tokenizer = data.bpe_tokenizer(train.captions, vocabulary=tower.vocabulary, length=tower.length)
+    tokenizer = data.bpe_tokenizer(
+        parts["train"].captions, vocabulary=tower.vocabulary, length=tower.length
+    )
     clip = models.clip(
         models.build(**tower.model), vocabulary=tokenizer.vocabulary, dim=tower.dim,
         projection=tower.projection, length=tower.length, width=tower.width, depth=tower.depth,
         heads=tower.heads,
     )  # fmt: skip
-    return World(
-        train, validation, test, shown, tokenizer, clip, jax.jit(clip.encode_image),
-        jax.jit(clip.encode_text),
-    )  # fmt: skip
+    towers = {name: jax.jit(getattr(clip, name)) for name in ("encode_image", "encode_text")}
+    return World(**parts, tokenizer=tokenizer, clip=clip, **towers)
 
 
-def emoji(config: Config) -> tuple[Pairs, Judge, Judge, Pairs | None]:
+def emoji(config: Config) -> dict[str, Any]:
     """The embedded pairs; pictures that are judged or probed have one caption."""
     load = partial(data.load_emoji_pairs, size=config.size, by=config.by)
-    judges = (load(split, captions=1) for split in ("validation", "test"))
-    train = load("train").take(slice(config.train_pairs))
-    return train, *(Judge(one, one) for one in judges), load("train", captions=1)
+    validation, test = (load(split, captions=1) for split in ("validation", "test"))
+    style = Path(config.style)
+    return {
+        "train": load("train").take(slice(config.train_pairs)),
+        "validation": Judge(validation, validation),
+        "test": Judge(test, test),
+        "shown": load("train", captions=1),
+        "style": load("test", captions=1, styles=(style,)) if style.is_dir() else None,
+    }
 
 
-def table(config: Config) -> tuple[Pairs, Judge, Judge, Pairs | None]:
+def table(config: Config) -> dict[str, Any]:
     """Pairs of a table; half of the held-out ones choose, and CIFAR-10 has the classes.
 
     All images stay on disk: a million at 224 pixels would take 600 GB.
@@ -75,9 +81,11 @@ def table(config: Config) -> tuple[Pairs, Judge, Judge, Pairs | None]:
     ids = (LABELLED_ID + labelled.indices).astype(np.int32)
     images = data.stored(data.source("cifar10", "test", size=config.size))
     shown = Pairs(images, ("",) * len(ids), ids, labelled.labels, labelled.class_names)
-    halves = [slice(start, None, 2) for start in (0, 1)]
-    judges = (Judge(held_out.take(half), shown.take(half)) for half in halves)
-    return train.take(slice(config.train_pairs)), *judges, None
+    judges = [
+        Judge(held_out.take(h), shown.take(h)) for h in (slice(0, None, 2), slice(1, None, 2))
+    ]
+    train = train.take(slice(config.train_pairs))
+    return {"train": train, "validation": judges[0], "test": judges[1]}
 
 
 def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:

@@ -33,21 +33,23 @@ class World(NamedTuple):
         train: clean training pairs.
         validation: what settings are chosen by.
         test: what rows are judged by.
-        shown: the training pictures, one row each, for the linear probe; None without classes.
         tokenizer: of the captions.
         clip: the dual encoder.
         encode_image: (variables, images) -> [b, d], compiled once.
         encode_text: (variables, tokens) -> [b, d], likewise.
+        shown: the training pictures, one row each, for the linear probe; None without classes.
+        style: the test pictures in another drawing style; None where there is none.
     """
 
     train: Pairs
     validation: Judge
     test: Judge
-    shown: Pairs | None
     tokenizer: data.Tokenizer
     clip: models.Clip
     encode_image: Callable[..., jax.Array]
     encode_text: Callable[..., jax.Array]
+    shown: Pairs | None = None
+    style: Pairs | None = None
 
     def images(self, variables: dict, images: np.ndarray) -> np.ndarray:
         """[n, d] embeddings of images."""
@@ -78,10 +80,13 @@ def evaluate(world: World, judge: Judge, manifest: Manifest, variables: dict) ->
         for index in poison.sources
     ]
     clean = judge.labelled.take(np.flatnonzero(~np.isin(judge.labelled.indices, sources)))
+
+    def zero_shot(pairs: Pairs) -> dict[str, float]:
+        scores = world.images(variables, pairs.images) @ prototypes.T
+        return metrics.zero_shot(scores, pairs.labels, ks=(1, 5))
+
     found = {
-        "zero_shot": metrics.zero_shot(
-            world.images(variables, clean.images) @ prototypes.T, clean.labels, ks=(1, 5)
-        ),
+        "zero_shot": zero_shot(clean),
         "retrieval": metrics.retrieval(
             world.images(variables, judge.pairs.images),
             world.texts(variables, list(judge.pairs.captions)),
@@ -90,6 +95,8 @@ def evaluate(world: World, judge: Judge, manifest: Manifest, variables: dict) ->
     }
     if world.shown is not None:
         found |= by_name(world, clean, variables) | probe(world, clean, variables)
+    if world.style is not None and judge is world.test:
+        found["zero_shot_style"] = zero_shot(world.style)
     return found | successes(world, judge, clean, manifest, variables, prototypes)
 
 

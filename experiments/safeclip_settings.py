@@ -114,6 +114,9 @@ class Config:
     size: int = 32
     train_pairs: int | None = None
     by: str = "group"  # classes of attack and zero-shot test
+    # Another drawing style for the test pictures: a folder that
+    # `npm install --no-save emoji-datasource-google` brings; without it there are no such figures.
+    style: str = "node_modules/emoji-datasource-google/img/google/64"
     tower: Tower = SMALL
     attacks: Mapping[str, Attack] = dataclasses.field(default_factory=lambda: ATTACKS)
     methods: Mapping[str, Method] = dataclasses.field(default_factory=lambda: METHODS)

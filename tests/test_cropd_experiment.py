@@ -1,0 +1,215 @@
+"""The CRoPD experiment: attacks that know the defence meet what still stands; what tables say."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import jaxrobust as jr
+from experiments import common, cropd_evaluation, plots_cropd
+from experiments.cropd_settings import PRESETS, Built, Config, Method, Problem, World
+from jaxrobust import cropd, models
+from jaxrobust.data import Dataset
+
+SHAPE, CLASSES, COUNT, EPS = (8, 8, 3), 3, 10, 0.1
+RANDOM = np.random.default_rng(0)
+CONFIG = Config(
+    methods={"ours": Method(contrast=1.0)}, attacked_images=COUNT, batch=4, suite_steps=1
+)
+TEST = Dataset(
+    RANDOM.random((COUNT, *SHAPE), dtype=np.float32),
+    (np.arange(COUNT) % CLASSES).astype(np.int32),
+    np.arange(COUNT, dtype=np.int32),
+    ("a", "b", "c"),
+)
+PROBLEM = Problem(dataset="none", eps=EPS, widths=(8,), latent_channels=2)
+FOUNDATION = models.preact_resnet(stages=(1,), widths=(8,), classes=5, norm="batch")
+WORLD = World(PROBLEM, TEST, TEST, FOUNDATION, {}, (8, 8, 3))
+ATTACK = jr.linf_pgd(EPS, steps=2)
+
+
+def built(front, seed):
+    model = models.defend(front, (8, 8, 3), FOUNDATION, CLASSES)
+    variables = model.init(jax.random.key(seed), SHAPE)
+    features = cropd.features(model, variables, TEST.images, batch_size=COUNT)
+    head = cropd.fit_head(features, TEST.labels, CLASSES, decay=1e-3)
+    parts = {name: models.part(variables, name) for name in variables["params"]}
+    return Built(model, models.join(**{**parts, "head": head}), {})
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return built(models.autoencoder(SHAPE, widths=(8,), latent_channels=2, latent_norm=True), 0)
+
+
+@pytest.fixture(scope="module")
+def near():
+    return {"none": built(None, 1)}
+
+
+def test_code_features_gradient_and_transfer_are_all_attacked(ours, near):
+    names = [one.name for one in cropd_evaluation.adaptive(WORLD, ours, near, ATTACK, TEST)]
+    assert names == [
+        "features away", "features matched", "latent away", "latent matched", "bpda",
+        "transfer from none",
+    ]  # fmt: skip
+
+
+def test_the_bare_model_has_no_code_and_no_gradient_to_go_around(near):
+    found = cropd_evaluation.adaptive(WORLD, near["none"], {}, ATTACK, TEST)
+    assert [one.name for one in found] == ["features away", "features matched"]
+
+
+def test_every_attack_stays_in_the_ball_moves_and_does_not_depend_on_who_else_is_there(ours, near):
+    some = np.array([1, 4, 5, 8, 9])
+    for one in cropd_evaluation.adaptive(WORLD, ours, near, ATTACK, TEST):
+        run = lambda rows, one=one: cropd_evaluation.in_batches(  # noqa: E731
+            one.run, TEST, rows, CONFIG, 3, *one.columns
+        )
+        x_adv = run(np.arange(COUNT))
+        assert x_adv.shape == TEST.images.shape
+        assert np.abs(x_adv - TEST.images).max() <= EPS + 1e-6, one.name
+        assert x_adv.min() >= 0
+        assert x_adv.max() <= 1
+        assert (np.abs(x_adv - TEST.images).max((1, 2, 3)) > 0.5 * EPS).all(), one.name
+        np.testing.assert_allclose(run(some), x_adv[some], atol=1e-6, err_msg=one.name)
+
+
+def test_attacks_on_the_code_and_the_features_move_them(ours, near):
+    def far(x_adv, tap):
+        encode = cropd_evaluation.Encoder(ours.model.apply, tap)
+        clean, moved = encode(TEST.images, ours.variables), encode(x_adv, ours.variables)
+        return np.linalg.norm((moved - clean).reshape(COUNT, -1), axis=1)
+
+    noise = np.clip(TEST.images + EPS * RANDOM.choice([-1, 1], TEST.images.shape), 0, 1)
+    taps = {"features": "foundation.features", "latent": "preprocessor.latent"}
+    for one in cropd_evaluation.adaptive(WORLD, ours, near, ATTACK, TEST):
+        if one.name.endswith(" away"):
+            tap = taps[one.name.split()[0]]
+            x_adv = cropd_evaluation.in_batches(one.run, TEST, np.arange(COUNT), CONFIG, 3)
+            assert far(x_adv, tap).mean() > far(noise.astype(np.float32), tap).mean()
+
+
+def test_the_worst_case_is_over_the_suite_and_all_that_know_the_defence(
+    ours, near, monkeypatch, tmp_path
+):
+    # Labelled as it answers, so that there is something to lose.
+    answers = np.asarray(ours.model.apply(ours.variables, TEST.images)).argmax(1)
+    test = TEST._replace(labels=answers.astype(np.int32))
+    world = WORLD._replace(test=test)
+    stood = np.arange(COUNT) != 2  # one that the suite broke
+    threat = SimpleNamespace(
+        robust=stood.tolist(), stages={"clean": 1.0, "apgd-ce": 0.9},
+        checks=[SimpleNamespace(name=n, verdict=v) for n, v in (("loud", "flag"), ("fine", "ok"))],
+        seconds={"apgd-ce": 1.0},
+    )  # fmt: skip
+    seen, original = [], cropd_evaluation.in_batches
+
+    def in_batches(run, examples, rows, *rest):
+        seen.append(rows)
+        return original(run, examples, rows, *rest)
+
+    report = SimpleNamespace(threats={"linf": threat})
+    monkeypatch.setattr(cropd_evaluation.jr, "evaluate", lambda *_, **__: report)
+    monkeypatch.setattr(cropd_evaluation, "in_batches", in_batches)
+    found = cropd_evaluation.worst_case(CONFIG, world, ours, near, ATTACK, tmp_path)
+
+    expected, rest = stood.copy(), list(seen)
+    monkeypatch.undo()
+    for number, one in enumerate(cropd_evaluation.adaptive(world, ours, near, ATTACK, test), 20):
+        if expected.any():
+            np.testing.assert_array_equal(rest.pop(0), np.flatnonzero(expected))
+        x_adv = original(one.run, test, np.arange(COUNT), CONFIG, number, *one.columns)
+        expected &= np.asarray(
+            jr.evaluation.correct(
+                ours.model.apply, ours.variables, x_adv, test.labels, batch_size=4
+            )
+        )
+        assert found["accuracy_after"][one.name] == expected.mean()
+    assert not rest
+    assert found["robust_accuracy"] == expected.mean() < stood.mean()
+    np.testing.assert_array_equal(common.unpacked(found["robust_outcomes"], COUNT)[0], expected)
+    assert found["card_flags"] == ["loud"]
+
+
+def test_the_next_example_of_another_class_is_the_goal():
+    np.testing.assert_array_equal(
+        cropd_evaluation.other_class(np.array([0, 0, 1, 0])), [2, 2, 3, 2]
+    )
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def cell(method, seed, clean, robust, **costs):
+    rows = np.array([clean, robust, robust, robust], bool)
+    return {
+        "key": {"dataset": "emoji", "method": method, "seed": seed, "eps": 0.1},
+        "metrics": {
+            "images": len(clean), "outcomes": common.packed(rows),
+            "clean_accuracy": float(np.mean(clean)), "grid": [0.05, 0.1, 0.2],
+            "pgd50_accuracy": [float(np.mean(robust))] * 3, "nonadaptive_accuracy": 0.9,
+            "milliseconds_batch_1": 1.0, "milliseconds_batch_64": 9.0, **costs,
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two seeds of eight images; ours holds two more than the denoiser and loses one clean."""
+    methods = {"none": Method(kind="none"), "gaussian_dae": Method(kind="denoiser"),
+               "ours": Method(contrast=1.0), "aff": Method(kind="aff")}  # fmt: skip
+    config = Config(problems={"emoji": PROBLEM}, methods=methods, seeds=(0, 1))
+    every, first = np.ones(8), lambda count: np.arange(8) < count
+    cells = []
+    for seed in config.seeds:
+        cells += [
+            cell("none", seed, every, first(0)),
+            cell("gaussian_dae", seed, first(7), first(1), train_flops=2e12, train_seconds=3.0),
+            cell("ours", seed, first(7), first(3), train_flops=1e13, train_seconds=10.0),
+            cell("aff", seed, every, first(4), train_flops=1e14, train_seconds=40.0),
+        ]
+    path = tmp_path / "cropd-laptop.json"
+    record = common.Results(path, "cropd", "laptop", config)
+    for one in cells:
+        record.add(one["key"], one["metrics"], 1.0)
+    return path
+
+
+def test_the_verdict_pairs_ours_with_its_controls(results):
+    header, _, line = plots_cropd.verdict(results).splitlines()
+    assert "denoiser" in header
+    assert "AFF" in header
+    columns = [column.strip() for column in line.strip("|").split("|")]
+    assert columns[0] == "ours"
+    assert columns[1].startswith("+25.0 (")
+    assert columns[2].startswith("+37.5 (")
+    assert columns[3].startswith("-12.5 (")
+    assert columns[4:] == ["10 %", "25 %"]
+
+
+def test_a_method_without_all_its_seeds_has_no_verdict(results):
+    record = json.loads(results.read_text())
+    record["cells"] = [
+        one for one in record["cells"] if one["key"]["method"] != "ours" or one["key"]["seed"] == 0
+    ]
+    results.write_text(json.dumps(record))
+    assert "ours" not in plots_cropd.verdict(results)
+
+
+def test_the_table_says_what_was_not_run(results):
+    record = json.loads(results.read_text())
+    record["cells"] = [one for one in record["cells"] if one["key"]["method"] != "aff"]
+    results.write_text(json.dumps(record))
+    lines = plots_cropd.table(results).splitlines()
+    assert lines[-1] == "| aff |" + 9 * " not run |"
+    assert "37.5 ± 0.0" in lines[-2]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_final_rows_of_a_preset_and_its_controls_are_among_its_methods(name):
+    config = PRESETS[name]
+    assert set(config.final) <= set(config.methods)
+    assert "none" in config.methods
