@@ -1,5 +1,6 @@
 """Tables and plots of the SAFECLIP experiment, drawn from its results file."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from experiments import common
 from experiments.common import markdown, percent
 from experiments.plots import read, rows_of, spread
 from experiments.plots_sipat import panels
-from experiments.safeclip_settings import CANARIES, Config
+from experiments.safeclip_settings import CANARIES, NOTHING, Config
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.metrics import wilson_interval
 from jaxrobust.safeclip import triggers
@@ -106,7 +107,7 @@ def verdict(path: Path) -> str:
     rows, lines = rows_of(record, "attack", "method"), []
     for attack in record["config"]["attacks"]:
         bare = rows.get((attack, UNDEFENDED))
-        if attack == CANARIES or not bare:
+        if attack in (CANARIES, NOTHING) or not bare:
             continue
         kind = "targeted" if "targeted" in bare[0] else "backdoor"
         works = min(share_of(cell, kind)["estimate"] for cell in bare) >= ENOUGH
@@ -175,17 +176,19 @@ def density_of(mixture: dict, places: np.ndarray) -> np.ndarray:
 def leaks(path: Path) -> None:
     """Share of the poisons in the safe set, epoch by epoch, with the safe share for comparison."""
     record = read(path)
-    attacks = list(record["config"]["attacks"])
-    figure, axes = panels(len(attacks))
-    for axis, attack in zip(axes, attacks, strict=True):
-        cells = [cell for cell in record["cells"] if cell["key"]["attack"] == attack]
-        for cell in cells:
-            curve = [e for e in cell["metrics"].get("history", []) if "leak" in e]
-            if not curve:
-                continue
+    found = defaultdict(list)
+    for cell in record["cells"]:
+        curve = [e for e in cell["metrics"].get("history", []) if "leak" in e]
+        if curve:
+            found[cell["key"]["attack"]].append((cell, curve))
+    if not found:
+        return
+    figure, axes = panels(len(found))
+    for axis, (attack, cells) in zip(axes, found.items(), strict=True):
+        for cell, curve in cells:
             epochs = [entry["epoch"] for entry in curve]
             label = (
-                cell["key"]["method"] if cell["key"]["seed"] == cells[0]["key"]["seed"] else None
+                cell["key"]["method"] if cell["key"]["seed"] == cells[0][0]["key"]["seed"] else None
             )
             shown = axis.plot(
                 epochs, [100 * e["leak"]["estimate"] for e in curve], ".-", lw=1, label=label

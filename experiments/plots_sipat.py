@@ -1,5 +1,6 @@
 """Tables and plots of the SIP-AT experiment, drawn from its results file."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,12 @@ KINDS = {
     "half": ("#ff7f0e", "salient pixels at half eps"),
 }
 
+# Rows of the README's table.
+QUOTED = (
+    "standard", "at", "trades", "at_eps_83", "at_eps_67", "at_eps_50", "sip_gradient_20",
+    "random_20", "least_20", "inverted_20", "sip_gradient_50", "random_50", "sip_human",
+    "random_human", "sip_falling_50", "random_falling_50", "part_human", "random_part_human",
+)  # fmt: skip
 CONTROLS = ("standard", "at", "trades", "random", "least", "inverted")
 
 # Whose pictures are shown.
@@ -37,8 +44,13 @@ def kind_of(method: str) -> tuple[str, str]:
     return KINDS[method.split("_")[0]]
 
 
-def table(path: Path) -> str:
-    """The Markdown table of a results file: one row per data set and method."""
+def readme_table(path: Path) -> str:
+    """The rows that the README quotes; the file holds more."""
+    return table(path, QUOTED)
+
+
+def table(path: Path, methods: Collection[str] = ()) -> str:
+    """The Markdown table of a results file: one row per data set and method, all by default."""
     record = read(path)
     config, rows = record["config"], rows_of(record, "dataset", "method")
     parts = []
@@ -47,7 +59,7 @@ def table(path: Path) -> str:
         suite = [f"suite at {eps_text(eps)}" for eps in problem["suite_eps"]]
         header = [dataset, "clean %", *grid, *suite, "salience only", "background only", "seeds"]
         lines = []
-        for method in config["methods"]:
+        for method in methods or config["methods"]:
             cells = rows.get((dataset, method))
             if not cells:
                 lines.append([method, *["not run"] * (len(header) - 1)])

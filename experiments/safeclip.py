@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from experiments import common, plots_safeclip, safeclip_evaluation
 from experiments.safeclip_evaluation import Judge, World
-from experiments.safeclip_settings import CANARIES, CHOSEN, PRESETS, Config, Method
+from experiments.safeclip_settings import CANARIES, CHOSEN, NOTHING, PRESETS, Config, Method
 from jaxrobust import data, models, safeclip
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.safeclip import density, templates, triggers
@@ -95,6 +95,7 @@ def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
     random = np.random.RandomState(seed)
     aims = [names[row] for row in random.permutation(len(names))[: int(ATTACKED * len(names))]]
     trigger = attack.trigger and getattr(triggers, attack.trigger)(**attack.options)
+    views = partial(data.clip_views, strength=attack.views) if attack.views else None
     if key["attack"] == CANARIES:
         known = [
             plant({**key, "attack": name}, config, world)[1]
@@ -105,8 +106,11 @@ def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
         return safeclip.canaries(
             world.train, [name for name in names if name not in aims],
             per_target=attack.per_target, rate=attack.rate, targets=attack.targets,
-            pool=world.validation.pairs, trigger=trigger or None, avoid=known, seed=seed,
+            pool=world.validation.pairs, trigger=trigger or None, views=views, avoid=known,
+            seed=seed,
         )  # fmt: skip
+    if key["attack"] == NOTHING:
+        return world.train, safeclip.manifest.record(world.train, world.train, [])
     if trigger:
         return safeclip.backdoor(
             world.train, trigger, aims[0], rate=attack.rate, style=attack.style, seed=seed
@@ -117,7 +121,6 @@ def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
         next(name for name in random.permutation(aims) if differs(chosen, row, name))
         for row in range(attack.targets)
     ]
-    views = partial(data.clip_views, strength=attack.views) if attack.views else None
     return safeclip.targeted(
         world.train, chosen, wanted, per_target=attack.per_target, views=views, seed=seed
     )
@@ -201,10 +204,8 @@ def thinned(method: Method, pairs, manifest, seed: int) -> tuple[Pairs, dict]:
     groups = safeclip.near_copies(safeclip.thumbnails(pairs.images))
     keep = np.isin(np.arange(len(groups)), safeclip.thin(groups, method.copies, seed=seed))
     is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
-    found = {
-        "thinned_pairs": int(keep.sum()),
-        "thinned_leak": safeclip.metrics.leak(keep, is_poison)._asdict(),
-    }
+    found = {"thinned_pairs": int(keep.sum())}
+    found |= safeclip_evaluation.caught(keep, None, is_poison)
     return pairs.take(np.flatnonzero(keep)), found
 
 
@@ -214,10 +215,7 @@ def filtered(method: Method, world: World, pairs, manifest, before) -> tuple[Pai
     scores = density.detect(getattr(density, method.detector), embeddings)
     keep = scores <= np.quantile(scores, 1 - method.dropped)
     is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
-    found = {
-        "leak": safeclip.metrics.leak(keep, is_poison)._asdict(),
-        **safeclip.metrics.detection(scores, is_poison)._asdict(),
-    }
+    found = safeclip_evaluation.caught(keep, scores, is_poison)
     return pairs.take(np.flatnonzero(keep)), found
 
 

@@ -147,6 +147,14 @@ def successes(world, judge, clean, manifest, variables, prototypes) -> dict[str,
     return found
 
 
+def caught(kept: np.ndarray, suspicion: np.ndarray | None, is_poison: np.ndarray) -> dict[str, Any]:
+    """What of the poisons was kept, and how well a score finds them; nothing without any."""
+    if not is_poison.any():
+        return {}
+    found = {} if suspicion is None else metrics.detection(suspicion, is_poison)._asdict()
+    return {"leak": metrics.leak(kept, is_poison)._asdict(), **found}
+
+
 class Watch(NamedTuple):
     """Called after each epoch: what of the poisons is in the safe set, and how they are scored."""
 
@@ -157,9 +165,7 @@ class Watch(NamedTuple):
         """Numbers for the history."""
         if not self.recipe.splits(epoch):
             return {}
-        found = {"leak": metrics.leak(trust.safe, self.is_poison)._asdict()}
-        if self.is_poison.any():
-            found |= metrics.detection(-trust.scores, self.is_poison)._asdict()
+        found = caught(trust.safe, -trust.scores, self.is_poison)
         if epoch == self.recipe.first_mixed:
             mixture, _ = safeclip.fit_mixture(trust.scores)
             found["histogram"] = {

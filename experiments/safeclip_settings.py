@@ -6,6 +6,7 @@ from typing import Any
 
 # The attack by which settings are chosen: poisons that the defender plants.
 CANARIES = "canaries"
+NOTHING = "none"  # clean pairs: what a defence costs where nobody attacks
 CHOSEN = "safeclip_recommended"
 
 
@@ -23,6 +24,7 @@ class Attack:
 
 
 ATTACKS = {
+    NOTHING: Attack(),
     "targeted": Attack(targets=16, per_target=30),
     # Knows that copies are looked for.
     "targeted_views": Attack(targets=16, per_target=30, views=0.5),
@@ -165,6 +167,7 @@ PRESETS = {
         data="cc3m/train.tsv", held_out="cc3m/validation.tsv", size=224, train_pairs=1_000_000,
         tower=RESNET,
         attacks={
+            NOTHING: Attack(),
             "targeted": Attack(targets=16, per_target=30),
             **{
                 name: Attack(trigger=name, rate=500)

@@ -38,7 +38,7 @@ MAKERS = {
     "certify": plots_certify.certified_table,
     "cropd": plots_cropd.table,
     "safeclip": plots_safeclip.table,
-    "sipat": plots_sipat.table,
+    "sipat": plots_sipat.readme_table,
 }
 
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import plots_safeclip, safeclip
+from experiments import plots_safeclip, safeclip, safeclip_evaluation
 from experiments.safeclip_evaluation import Judge, Watch
-from experiments.safeclip_settings import CANARIES, PRESETS, Attack, Config, Method
+from experiments.safeclip_settings import CANARIES, NOTHING, PRESETS, Attack, Config, Method
 from jaxrobust import data, models
 from jaxrobust import safeclip as library
 from jaxrobust.data.pairs import Pairs
@@ -89,6 +89,7 @@ def world():
 
 CONFIG = Config(
     attacks={
+        NOTHING: Attack(),
         "targeted": Attack(targets=4, per_target=3),
         "badnets": Attack(trigger="badnets", options={"size": 0.25}, rate=10),
         CANARIES: Attack(targets=3, per_target=2, rate=5),
@@ -135,7 +136,7 @@ def test_the_watch_counts_poisons_in_the_safe_set_from_the_split_on():
 
 def write(path, cells):
     config = {
-        "attacks": {name: {} for name in ("targeted", "badnets", CANARIES)},
+        "attacks": {name: {} for name in (NOTHING, "targeted", "badnets", CANARIES)},
         "methods": {name: {} for name in ("clip_augmented", "safeclip_fixed", "roclip")},
     }
     cells = [
@@ -174,8 +175,13 @@ def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
         },
     )
     first, second = plots_safeclip.table(path).split("\n\n")
-    row = first.splitlines()[2].strip("| ").split(" | ")
-    assert row[:4] == ["targeted", "clip_augmented", "87.5 ± 17.7", "71.9 to 95.0"]
+    row = next(line for line in first.splitlines() if line.startswith("| targeted |"))
+    assert row.strip("| ").split(" | ")[:4] == [
+        "targeted",
+        "clip_augmented",
+        "87.5 ± 17.7",
+        "71.9 to 95.0",
+    ]
     assert "| badnets | roclip | not run |" in first
     assert "| canaries | growth_0 | 0.0 / 4.0 |" in second
 
@@ -235,5 +241,36 @@ def test_copies_beyond_the_allowed_are_taken_out_and_counted(world):
     pairs, manifest = safeclip.plant({"attack": "targeted", "seed": 0}, CONFIG, world)
     kept, found = safeclip.thinned(Method(copies=2), pairs, manifest, 0)
     assert found["thinned_pairs"] == len(kept.captions) == len(pairs.captions) - 4
-    assert (found["thinned_leak"]["successes"], found["thinned_leak"]["n"]) == (8, 12)
+    assert (found["leak"]["successes"], found["leak"]["n"]) == (8, 12)
     assert kept.captions[:60] == world.train.captions
+
+
+def test_without_an_attack_the_pairs_are_the_clean_ones_and_nothing_is_counted(world):
+    pairs, manifest = safeclip.plant({"attack": NOTHING, "seed": 0}, CONFIG, world)
+    assert pairs is world.train
+    assert (manifest.clean, manifest.poisons) == (manifest.poisoned, ())
+    recipe = library.Recipe(epochs=4, unimodal_epochs=1, slow_epochs=1)
+    scores = np.linspace(0, 1, len(pairs.captions))
+    trust = library.Trust(scores, scores, scores > 0.5)
+    watch = safeclip_evaluation.watch(manifest, pairs, recipe)
+    assert watch(4, {}, trust) == {}
+    assert sum(watch(3, {}, trust)["histogram"]["clean"]) == len(scores)
+
+
+def test_plots_and_tables_leave_out_what_nobody_attacked(tmp_path):
+    history = [{"epoch": epoch, "safe_share": 0.2} for epoch in (3, 4)]
+    leaking = [{**entry, "leak": share(1, 4)} for entry in history]
+    path = write(
+        tmp_path / "safeclip-test.json",
+        {
+            (NOTHING, "clip_augmented", 0): metrics(),
+            (NOTHING, "safeclip_fixed", 0): {**metrics(), "history": history},
+            ("targeted", "clip_augmented", 0): metrics(16),
+            ("targeted", "safeclip_fixed", 0): {**metrics(0), "history": leaking},
+        },
+    )
+    row = plots_safeclip.table(path).splitlines()[2].strip("| ").split(" | ")
+    assert row[:3] == ["none", "clip_augmented", ""]
+    assert len(plots_safeclip.verdict(path).splitlines()) == 3
+    plots_safeclip.leaks(path)
+    assert (tmp_path / "safeclip-test-leak.png").exists()

@@ -4,7 +4,8 @@ planted, mine = canaries(train, class_names, per_target=30, rate=100)
 ... train on `planted`, split it, and count what of `mine` got into the safe set ...
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def canaries(
     pool: Pairs | None = None,
     trigger: triggers.Trigger | None = None,
     templates: Sequence[str] = CANARY,
+    views: Callable[..., Any] | None = None,
     avoid: Collection[Manifest] = (),
     seed: int = 0,
 ) -> tuple[Pairs, Manifest]:
@@ -41,6 +43,7 @@ def canaries(
             whose own captions then speak for the images too. Triggers are put on training images.
         trigger: of the backdoor; by default one of another kind than those to be avoided.
         templates: of the captions.
+        views: of the copies of the target images, as for `targeted`.
         avoid: manifests of attacks on which the defence will be judged: their classes, images,
             triggers and templates are not used.
         seed: of everything that is drawn.
@@ -63,7 +66,7 @@ def canaries(
     aims = [aims[number % len(aims)] for number in range(targets)]
     options = {"templates": templates, "seed": seed, "canary": True}
     chosen = pool.take(_rows(pool, aims, random))
-    planted, first = targeted(pairs, chosen, aims, per_target=per_target, **options)
+    planted, first = targeted(pairs, chosen, aims, per_target=per_target, views=views, **options)
     rest = unused.take(np.flatnonzero(~np.isin(unused.indices, chosen.indices)))
     planted, second = backdoor(planted, trigger, last, rate=_of(rate, pairs), pool=rest, **options)
     return planted, join(first, second)
