@@ -1,6 +1,5 @@
 """Whether a setting lies above its controls where clean and robust accuracy are traded."""
 
-import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -28,7 +27,14 @@ class Margin(NamedTuple):
         return self.interval.low > 0
 
 
-def margin(setting: np.ndarray, controls: Mapping[str, np.ndarray], row: int) -> Margin:
+def margin(
+    setting: np.ndarray,
+    controls: Mapping[str, np.ndarray],
+    row: int,
+    *,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> Margin:
     """How far a setting lies above everything that its controls reach.
 
     Whoever has two networks can toss a coin for each image, so that the controls reach every point
@@ -36,25 +42,52 @@ def margin(setting: np.ndarray, controls: Mapping[str, np.ndarray], row: int) ->
     accurate on clean images. Where no control is that accurate, it is compared with the most
     accurate one.
 
+    Clean accuracy is drawn anew with the images as robust accuracy is, and the mixture is looked
+    for in every resample: where the controls' line is steep, a few clean images move it by far.
+
     Args:
         setting: [seeds, rows, images] outcomes, of which row 0 is the clean one.
         controls: by name, of the same shape.
         row: the row that is compared.
+        resamples: of the images, for the interval.
+        seed: of the resamples.
     """
-    clean = {name: outcomes[:, 0].mean() for name, outcomes in controls.items()}
-    robust = {name: outcomes[:, row].mean() for name, outcomes in controls.items()}
-    wanted = min(setting[:, 0].mean(), max(clean.values()))
-    reached = [(robust[name], (name,), 1.0) for name in controls if clean[name] >= wanted]
-    for high, low in itertools.permutations(controls, 2):
-        if clean[high] >= wanted > clean[low]:
-            share = (wanted - clean[low]) / (clean[high] - clean[low])
-            mixed = share * robust[high] + (1 - share) * robust[low]
-            reached.append((mixed, (high, low), float(share)))
-    _, rivals, share = max(reached, key=lambda found: found[0])
-    mixture = share * controls[rivals[0]][:, row].astype(float)
-    if len(rivals) == 2:
-        mixture = mixture + (1 - share) * controls[rivals[1]][:, row]
-    return Margin(metrics.paired_bootstrap(setting[:, row], mixture), rivals, share)
+    everyone = np.stack([setting, *controls.values()])[:, :, [0, row]]
+    each = everyone.mean(1, dtype=float)  # [1 + controls, 2, images]: over seeds
+    count = each.shape[-1]
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    drawn = np.einsum("bn,mkn->bmk", draws / count, each)
+    above = np.quantile(drawn[:, 0, 1] - _reached(drawn)[0], (0.025, 0.975))
+    means = each.mean(-1)[None]
+    best, high, low, share = (found[0] for found in _reached(means))
+    names = list(controls)
+    rivals = (names[high],) if share == 1 else (names[high], names[low])
+    interval = metrics.Interval(float(means[0, 0, 1] - best), *map(float, above))
+    return Margin(interval, rivals, float(share))
+
+
+def _reached(points: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The best mixtures of controls that are as accurate on clean images as a setting.
+
+    Args:
+        points: [b, 1 + m, 2] clean and robust accuracy of the setting and of m controls.
+
+    Returns:
+        [b] each: robust accuracy of the mixture, the control of higher clean accuracy, the other
+        one, and the first one's share.
+    """
+    clean, robust = points[:, 1:, 0], points[:, 1:, 1]
+    wanted = np.minimum(points[:, 0, 0], clean.max(1))[:, None, None]
+    high, low = clean[:, :, None], clean[:, None, :]
+    enough = high >= wanted
+    mixes = enough & (low < wanted)
+    share = np.where(mixes, (wanted - low) / np.where(mixes, high - low, 1), 1)
+    height = share * robust[:, :, None] + (1 - share) * robust[:, None, :]
+    height = np.where(enough, height, -np.inf).reshape(len(points), -1)
+    place = height.argmax(1)
+    found = np.unravel_index(place, high.shape[1:2] + low.shape[2:])
+    rows = np.arange(len(points))
+    return height[rows, place], *found, share.reshape(len(points), -1)[rows, place]
 
 
 def boundary(clean: np.ndarray, robust: np.ndarray) -> np.ndarray:

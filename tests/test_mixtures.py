@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,49 @@ def test_outside_the_controls_range_one_of_them_is_the_rival(clean, rival):
     assert found.rivals == (rival,)
     expected = 0.5 - CONTROLS[rival][:, 1].mean()
     assert found.interval.estimate == pytest.approx(expected)
+
+
+def slow_margin(points):
+    """The setting's height above the best mixture, one pair after the other."""
+    (clean, robust), *controls = points
+    wanted = min(clean, max(x for x, _ in controls))
+    found = [y for x, y in controls if x >= wanted]
+    for (x1, y1), (x2, y2) in itertools.permutations(controls, 2):
+        if x1 >= wanted > x2:
+            share = (wanted - x2) / (x1 - x2)
+            found.append(share * y1 + (1 - share) * y2)
+    return robust - max(found)
+
+
+def test_the_interval_is_that_of_the_whole_margin_drawn_anew():
+    rng = np.random.default_rng(3)
+    shares = rng.uniform(0.3, 0.9, (4, 2))
+    setting, *others = (rng.random((2, 2, 60)) < share[:, None] for share in shares)
+    controls = dict(zip("abc", others, strict=True))
+    found = mixtures.margin(setting, controls, 1, resamples=300, seed=5)
+    each = np.stack([setting, *others]).mean(1)
+    assert found.interval.estimate == pytest.approx(slow_margin(each.mean(-1)))
+    draws = np.random.default_rng(5).multinomial(60, np.full(60, 1 / 60), 300)
+    margins = [slow_margin((each * draw).mean(-1)) for draw in draws]
+    expected = np.quantile(margins, (0.025, 0.975))
+    np.testing.assert_allclose((found.interval.low, found.interval.high), expected, atol=1e-12)
+
+
+def test_a_setting_on_a_steep_part_of_the_controls_line_is_not_called_above_it():
+    # One clean image more, and the mixture that is as accurate loses half of its robustness.
+    rng = np.random.default_rng(0)
+    clean = rng.random(1000) < 0.98
+    flipped = clean.copy()
+    flipped[np.flatnonzero(~clean)[:2]] = True
+    robust, weak = rng.random(1000) < 0.8, rng.random(1000) < 0.2
+    controls = {"robust": np.stack([clean, robust])[None], "clean": np.stack([flipped, weak])[None]}
+    other = clean.copy()
+    other[np.flatnonzero(~clean)[3]] = True
+    other[np.flatnonzero(clean)[0]] = False
+    other[np.flatnonzero(~clean)[4]] = True
+    found = mixtures.margin(np.stack([other, robust])[None], controls, 1)
+    assert found.interval.estimate > 0.2
+    assert not found.above
 
 
 def test_no_mixture_of_two_exceeds_the_boundary_and_its_corners_are_points():
