@@ -26,7 +26,7 @@ from experiments.safeclip_evaluation import Judge, World
 from experiments.safeclip_settings import CANARIES, CHOSEN, NOTHING, PRESETS, Config, Method
 from jaxrobust import data, models, safeclip
 from jaxrobust.data.pairs import Pairs
-from jaxrobust.safeclip import density, templates, triggers
+from jaxrobust.safeclip import density, poisons, triggers
 from jaxrobust.safeclip.manifest import Manifest
 
 NAME = "safeclip"
@@ -118,18 +118,12 @@ def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
     pairs = world.test.pairs
     chosen = pairs.take(random.permutation(len(pairs.captions))[: attack.targets])
     wanted = [
-        next(name for name in random.permutation(aims) if differs(chosen, row, name))
+        next(name for name in random.permutation(aims) if not poisons.belongs(chosen, row, name))
         for row in range(attack.targets)
     ]
     return safeclip.targeted(
         world.train, chosen, wanted, per_target=attack.per_target, views=views, seed=seed
     )
-
-
-def differs(pairs: Pairs, row: int, name: str) -> bool:
-    """Whether a picture is of another class, by its label and by its caption."""
-    same = pairs.labels is not None and pairs.class_names[pairs.labels[row]] == name
-    return not same and not templates.holds(pairs.captions[row], name)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -147,6 +141,8 @@ def recipe_of(method: Method, config: Config) -> safeclip.Recipe:
     if method.trainer != "safeclip":
         changes.pop("unimodal_epochs", None)
         return safeclip.Recipe(method=method.trainer, **changes)
+    if method.splitter:
+        changes["splitter"] = getattr(safeclip, method.splitter)
     return safeclip.official(**changes) if method.official else safeclip.Recipe(**changes)
 
 

@@ -42,6 +42,7 @@ class Method:
     trainer: str = "safeclip"  # as of `safeclip.Recipe`
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     official: bool = False  # the authors' schedule, scoring and mixture
+    splitter: str | None = None  # a function of `safeclip` in place of the mixture
     strength: float = 1.0  # of the views' colours and blur
     copies: int | None = None  # near copies of one image that are trained on, at most
     # Fine-tuning of this method's network on clean pairs, or training without what looks like an
@@ -62,6 +63,17 @@ METHODS = {
     "cleanclip": Method(trainer="cleanclip", after="clip_augmented"),
     "density_filter": Method(trainer="clip_augmented", after="clip_augmented", detector="dao"),
 }
+
+
+def agreeing(share: float, growth: float = 0.01) -> Method:
+    """SAFECLIP that splits by agreement with neighbours, before any image has met a text."""
+    settings = {
+        "scoring": "agreement", "slow_epochs": 0, "threshold": 1 - share, "growth": growth,
+        "bounds": (0.0, 1.0),
+    }  # fmt: skip
+    return Method(settings=settings, splitter="by_rank")
+
+
 # Settings of SAFECLIP that canaries choose from: single changes, and those that helped together.
 # Five captions of a picture are honest in the embedded set.
 _FASTER = {"slow_rate": 3e-4, "growth": 0.05}
@@ -76,7 +88,10 @@ CANDIDATES = {
     "thinned": Method(copies=5),
     "faster": Method(settings=_FASTER),
     "faster_thinned": Method(settings=_FASTER, copies=5),
-    "faster_thinned_2": Method(settings=_FASTER, copies=2),
+    "agreement_30": agreeing(0.3),
+    "agreement_50": agreeing(0.5),
+    "agreement_50_thinned": dataclasses.replace(agreeing(0.5), copies=5),
+    "agreement_50_growth_0": agreeing(0.5, growth=0.0),
 }
 
 

@@ -97,6 +97,11 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Host arrays on every device of a mesh of this process, or on the default device."""
+    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, P()))
+
+
 def create(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
     """Runs `init(*args)` compiled, with every output replicated over the mesh.
 

@@ -1,5 +1,7 @@
 """Whole runs: schedules, growth of the safe set, and a stop at any moment."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,12 +58,26 @@ def test_the_safe_set_is_of_the_announced_size_and_the_rest_is_risky(whole):
         assert entry["steps_unimodal"] == (N - expected) // BATCH
 
 
+VIEWED = {"scoring": "augmented", "draws": 2, "memory": 0.3}
+AGREEING = {"scoring": "agreement", "neighbours": 3, "slow_epochs": 0, "memory": 0.3}
+
+
+def noisy(keys, images):
+    """A view that depends on the pair's own key."""
+    draw = jax.vmap(lambda key: jax.random.normal(key, SHAPE))
+    return jnp.clip(images + 0.05 * draw(keys), 0, 1)
+
+
 class Stop(Exception):
     """A run that is cut off."""
 
 
-@pytest.mark.parametrize("after", [1, 4, 13, 17, 25])
-def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, after):
+@pytest.mark.parametrize(
+    ("after", "changes"), [(1, {}), (13, {}), (25, {}), (4, VIEWED), (21, VIEWED), (17, AGREEING)]
+)
+def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, after, changes):
+    unbroken = fit(recipe(**changes), views=noisy) if changes else whole
+    views = noisy if changes else None
     seen = []
     original = checkpoint.save
 
@@ -73,9 +89,10 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(Stop):
-        fit(recipe(), directory=tmp_path, save_every=-1.0)
+        fit(recipe(**changes), views=views, directory=tmp_path, save_every=-1.0)
     monkeypatch.undo()
-    same(fit(recipe(), directory=tmp_path, save_every=1e9), whole)
+    again = fit(recipe(**changes), views=views, directory=tmp_path, save_every=1e9)
+    same(again, unbroken)
 
 
 def test_a_finished_run_is_not_run_again(whole, tmp_path):
@@ -91,10 +108,24 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
         fit(recipe(epochs=3), directory=tmp_path, seed=5)
     with pytest.raises(checkpoint.CheckpointError, match=r"with growth 0.1, found 0.05"):
         fit(recipe(epochs=3, growth=0.1), directory=tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"with splitter by_rank, found gaussian"):
+        fit(recipe(epochs=3, splitter=safeclip.by_rank), directory=tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"with views noisy, found None"):
+        fit(recipe(epochs=3), directory=tmp_path, views=noisy)
+    one_pixel = IMAGES.copy()
+    one_pixel[3, 2, 1] = 0
+    for images, tokens in ((one_pixel, TOKENS), (IMAGES, TOKENS[::-1])):
+        with pytest.raises(checkpoint.CheckpointError, match="expected a run with data"):
+            safeclip.fit(
+                CLIP, recipe(epochs=3), images, tokens, directory=tmp_path, progress=False,
+                mesh=parallel.data_mesh(1),
+            )  # fmt: skip
 
 
-def test_eight_devices_give_the_same_losses_and_the_same_split(whole):
-    many = fit(recipe(), mesh=parallel.data_mesh(8))
+@pytest.mark.parametrize("changes", [{}, AGREEING], ids=["similarity", "agreement"])
+def test_eight_devices_give_the_same_losses_and_the_same_split(whole, changes):
+    whole = fit(recipe(**changes)) if changes else whole
+    many = fit(recipe(**changes), mesh=parallel.data_mesh(8))
     for ours, theirs in zip(whole.history, many.history, strict=True):
         for name in ours:
             if name.startswith("loss"):
@@ -171,6 +202,11 @@ def test_fixed_schedules_end_at_zero_when_training_does():
         ({"memory": 1.0}, "memory must be in .0, 1., got 1.0"),
         ({"schedule": "mended"}, "schedule must be one of"),
         ({"growth": -0.1}, "growth must be >= 0, got -0.1"),
+        ({"slow_epochs": -1}, "slow_epochs must be >= 0, got -1"),
+        ({"threshold": 90.0}, r"threshold must be in .0, 1., got 90"),
+        ({"cap": 85.0}, r"cap must be in .0, 1., got 85"),
+        ({"bounds": (2.0, 50.0)}, r"bounds must be two rising shares in .0, 1., got .2.0, 50.0."),
+        ({"neighbours": 0}, "neighbours must be a whole number >= 1"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
@@ -183,3 +219,13 @@ def test_pairs_that_do_not_fit_are_refused():
         safeclip.fit(CLIP, recipe(), IMAGES, TOKENS[:, 0])
     with pytest.raises(ValueError, match="batch_size must be <= 64, the number of pairs, got 65"):
         fit(recipe(batch_size=65))
+    with pytest.raises(ValueError, match="views must be given for scoring='augmented', got None"):
+        fit(recipe(scoring="augmented"))
+
+
+def test_a_splitter_that_cannot_work_says_so_before_training():
+    def broken(scores):
+        raise ImportError("pip install it")
+
+    with pytest.raises(ImportError, match="pip install it"):
+        fit(recipe(splitter=broken), evaluate=lambda *_: pytest.fail("it was trained"))

@@ -72,6 +72,17 @@ def test_the_first_split_takes_what_reaches_the_threshold():
     assert split.fallback == ""
 
 
+def test_a_narrow_upper_mode_stays_safe_to_its_end():
+    scores = np.concatenate([RANDOM.normal(0, 0.3, 1000), RANDOM.normal(0.2, 0.05, 1000)])
+    plain = safeclip.gaussian_mixture()(scores)
+    order = np.argsort(scores)
+    assert plain[order][-1] < 0.1  # the lower mode is the wider one, above too
+    monotone = safeclip.gaussian_mixture(monotone=True)(scores)
+    assert (np.diff(monotone[order]) >= 0).all()
+    assert monotone.max() == plain.max()
+    assert 0.3 < (monotone > 0.5).mean() < 0.7
+
+
 @pytest.mark.parametrize("weights", [np.zeros(20), np.ones(20)])
 def test_a_share_out_of_bounds_falls_back_to_the_most_similar(weights):
     scores = np.arange(20.0)

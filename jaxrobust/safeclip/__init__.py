@@ -9,6 +9,7 @@ Source: Yang et al. 2024, "Better Safe than Sorry" (arXiv:2310.05862).
 """
 
 from jaxrobust.safeclip import density, metrics, templates, triggers
+from jaxrobust.safeclip.agreement import agreement
 from jaxrobust.safeclip.canary import canaries
 from jaxrobust.safeclip.copies import near_copies, thin, thumbnails
 from jaxrobust.safeclip.fit import Pretrained, Trust, fit
@@ -44,6 +45,7 @@ __all__ = [
     "Split",
     "Trust",
     "adamw",
+    "agreement",
     "backdoor",
     "by_rank",
     "canaries",

@@ -12,8 +12,8 @@ import numpy as np
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.safeclip import triggers
 from jaxrobust.safeclip.manifest import Manifest, join
-from jaxrobust.safeclip.poisons import Rate, backdoor, targeted
-from jaxrobust.safeclip.templates import CANARY, fill, holds
+from jaxrobust.safeclip.poisons import Rate, backdoor, belongs, targeted
+from jaxrobust.safeclip.templates import CANARY, fill
 
 
 def canaries(
@@ -121,7 +121,7 @@ def _rows(pool, aims, random):
     """A row for each aim, all different, none of the class that it is aimed at."""
     left, rows = list(random.permutation(len(pool.captions))), []
     for name in aims:
-        row = next((row for row in left if not holds(pool.captions[row], name)), None)
+        row = next((row for row in left if not belongs(pool, row, name)), None)
         if row is None:
             raise ValueError(
                 f"pool must have {len(aims)} images of other classes than their aims, there are "

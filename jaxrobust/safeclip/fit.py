@@ -5,6 +5,7 @@ fitted = safeclip.fit(clip, recipe, pairs, tokens, views=views, directory="runs/
 """
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,8 +34,8 @@ class Trust(NamedTuple):
     """What is known of the pairs.
 
     Attributes:
-        scores: [n] similarities, or their running average.
-        weights: [n] of the splitter.
+        scores: [n] float32 similarities, or their running average.
+        weights: [n] float32 of the splitter.
         safe: [n] bool; all are safe before the first split.
     """
 
@@ -49,7 +50,7 @@ class Pretrained(NamedTuple):
     Attributes:
         state: after the last step.
         trust: of the last epoch.
-        history: one dict per epoch: epoch, seconds, losses by kind of pass, and what `evaluate`
+        history: one dict per epoch: epoch, losses and steps by kind of pass, and what `evaluate`
             returned; after the split also the safe share and, where one was made, the fallback.
         seconds: wall time of all training, over all interruptions; compilation included.
     """
@@ -99,17 +100,20 @@ def fit(
         dtype: compute type of the encoders.
         evaluate: (epoch, variables, trust) -> numbers for the history, after each epoch.
         directory: where checkpoints go; a run that is there is gone on with, and ends bit-equal to
-            one that was never stopped.
+            one that was never stopped. It must have the same pairs and settings; of images on disk
+            only which they are is compared, not what the files hold.
         save_every: seconds between checkpoints.
         progress: show a progress bar.
         label: of the bar.
 
     Raises:
-        ValueError: pairs that do not fit together, or fewer than a batch.
+        ValueError: pairs that do not fit together, fewer than a batch, or no views for a scoring
+            that needs them.
+        ImportError: the splitter's package is missing.
         checkpoint.CheckpointError: `directory` holds another run.
     """
     images, tokens = stored_images.checked(images), np.asarray(tokens)
-    _check(images, tokens, recipe)
+    _check(images, tokens, recipe, views)
     mesh = parallel.data_mesh() if mesh is None else mesh
     local = parallel.data_mesh(mesh.local_devices)
     optimizer = adamw(recipe.weight_decay)
@@ -124,8 +128,22 @@ def fit(
         return create_state(clip, optimizer, key, shape, pool=recipe.pool, start=start)
 
     state = parallel.create(create, mesh, jax.random.key(seed))
-    trust = Trust(np.zeros(len(images)), np.ones(len(images)), np.ones(len(images), bool))
-    saver = _Saver(directory, save_every, {"seed": seed, "pairs": len(images), **recipe.numbers})
+    nothing = np.zeros(len(images), np.float32)
+    trust = Trust(nothing, nothing + 1, np.ones(len(images), bool))
+    saver = _Saver(
+        directory,
+        save_every,
+        {
+            "seed": seed,
+            "pairs": len(images),
+            "data": _identity(images, tokens),
+            "network": clip.config,
+            "views": _name(views),
+            "splitter": _name(recipe.splitter),
+            "dtype": _name(dtype),
+            **recipe.numbers,
+        },
+    )
     state, trust, loop = saver.restored(state, trust)
     bar = tqdm(
         total=recipe.epochs, initial=loop["epoch"] - 1, desc=label, unit="epoch",
@@ -157,12 +175,13 @@ def fit(
 
 def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.Array) -> Trust:
     """Scores all pairs and makes the epoch's safe set; the same one on all hosts."""
-    keys = {} if recipe.scoring == "clean" else {"key": key, "draws": recipe.draws}
-    scores = score(scoring=recipe.scoring, **keys)
+    found = score(scoring=recipe.scoring, draws=recipe.draws, neighbours=recipe.neighbours, key=key)
     epoch, is_first = loop["epoch"], not loop["split"]
     if not is_first:
-        scores = recipe.memory * trust.scores + (1 - recipe.memory) * scores
-    weights = recipe.splitter(scores)
+        found = recipe.memory * trust.scores + (1 - recipe.memory) * found
+    # As a checkpoint holds them: a run that goes on must remember the same.
+    scores = found.astype(np.float32)
+    weights = np.asarray(recipe.splitter(scores), np.float32)
     if is_first:
         safe, loop["fallback"] = first_split(
             weights, scores, threshold=recipe.threshold, bounds=recipe.bounds,
@@ -283,7 +302,21 @@ class _Saver:
         self.saved = time.monotonic()
 
 
-def _check(images: Images, tokens: np.ndarray, recipe: Recipe) -> None:
+def _identity(images: Images, tokens: np.ndarray) -> str:
+    """Digest of the pairs."""
+    digest = hashlib.sha256(stored_images.identity(images))
+    digest.update(np.ascontiguousarray(tokens))
+    return digest.hexdigest()
+
+
+def _name(thing: Any) -> str:
+    """What a function or type is called, with the arguments that a partial one holds."""
+    if isinstance(thing, functools.partial):
+        return f"{_name(thing.func)} {thing.args} {thing.keywords}"
+    return str(getattr(thing, "__qualname__", thing))
+
+
+def _check(images: Images, tokens: np.ndarray, recipe: Recipe, views: Views | None) -> None:
     if tokens.ndim != 3 or len(images) != len(tokens):
         raise ValueError(
             f"tokens must be [n, 1 + v, t] for the {len(images)} images, got {tokens.shape}"
@@ -292,3 +325,9 @@ def _check(images: Images, tokens: np.ndarray, recipe: Recipe) -> None:
         raise ValueError(
             f"batch_size must be <= {len(images)}, the number of pairs, got {recipe.batch_size}"
         )
+    if recipe.method != "safeclip":
+        return
+    if recipe.scoring == "augmented" and views is None:
+        raise ValueError("views must be given for scoring='augmented', got None")
+    # Else a splitter that cannot work would say so after days of warm-up.
+    recipe.splitter(np.linspace(-1, 1, 64))

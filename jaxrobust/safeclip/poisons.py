@@ -59,8 +59,9 @@ def targeted(
         The pairs with the poisons behind them, under new ids from `FIRST_ID`; and the manifest.
 
     Raises:
-        ValueError: images that do not fit the pairs' or the classes' number, a target whose own
-            caption holds its class, no caption that holds a class, or a rate that gives no poison.
+        ValueError: images that do not fit the pairs' or the classes' number, a target that is of
+            its class by caption or label, no caption that holds a class, or a rate that gives no
+            poison.
 
     Source: Carlini and Terzis 2022; real captions as in SAFECLIP.
     """
@@ -69,9 +70,11 @@ def targeted(
         raise ValueError(
             f"classes must be one per target, got {len(classes)} for {len(targets.captions)}"
         )
-    for caption, name in zip(targets.captions, classes, strict=True):
-        if holds(caption, name):
-            raise ValueError(f"a target must not be of its adversarial class {name!r}: {caption!r}")
+    for row, name in enumerate(classes):
+        if belongs(targets, row, name):
+            raise ValueError(
+                f"a target must not be of its adversarial class {name!r}: {targets.captions[row]!r}"
+            )
     counts = _counts(len(classes), len(pairs.captions), per_target, total)
     random, free = _random(seed), _free_id(pairs)
     poisons = []
@@ -104,7 +107,7 @@ def backdoor(
     """Ties a trigger to a class.
 
     "dirty" adds triggered copies of other images under captions of the class; "consistent" puts
-    the trigger on images whose own caption holds the class, and leaves caption and id as they are.
+    the trigger on images of the class, by caption or label, and leaves caption and id as they are.
     Triggered images are rounded to 8 bits.
 
     Args:
@@ -113,8 +116,8 @@ def backdoor(
         target: name of the class.
         rate: number of poisons, or their share of the pairs.
         style: "dirty" or "consistent".
-        pool: where dirty images come from, without those whose caption holds the class; the
-            training set by default.
+        pool: where dirty images come from, without those of the class; the training set by
+            default.
         templates: as for `targeted`; for dirty poisons.
         seed: of the images and captions; the trigger has its own.
         canary: planted by the defender.
@@ -165,14 +168,20 @@ def _as_stored(images):
 
 def _draw_images(pool, target, count, dirty, random):
     """Rows of `count` different images, of the class or, if dirty, of all others."""
-    fits = [row for row, text in enumerate(pool.captions) if holds(text, target) != dirty]
+    fits = [row for row in range(len(pool.captions)) if belongs(pool, row, target) != dirty]
     if len(fits) < count:
-        what = "without" if dirty else "with"
+        what = "not of" if dirty else "of"
         raise ValueError(
-            f"rate asks for {count} images {what} {target!r} in their captions, there are only "
+            f"rate asks for {count} images {what} {target!r} by caption or label, there are only "
             f"{len(fits)}"
         )
     return np.array(fits)[random.permutation(len(fits))[:count]]
+
+
+def belongs(pairs: Pairs, row: int, name: str) -> bool:
+    """Whether a pair is of a class: its caption holds the name, or its label is the class."""
+    labelled = pairs.labels is not None and pairs.class_names[pairs.labels[row]] == name
+    return labelled or holds(pairs.captions[row], name)
 
 
 def _captions(pairs, name, templates, count, random):

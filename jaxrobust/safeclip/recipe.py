@@ -16,7 +16,7 @@ METHODS = ("safeclip", "clip", "clip_augmented", "roclip", "cleanclip")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One pre-training run; made by hand or from `recipe(name)`.
+    """One pre-training run; `official()` makes that of the authors' code.
 
     Attributes:
         method: "safeclip", or a baseline: "clip", "clip_augmented" (on SafeCLIP's two views),
@@ -33,8 +33,9 @@ class Recipe:
         weight_decay: of AdamW.
         pool: rows of each pool of neighbours, about 2 % of the pairs.
         rows: softmax axis of the neighbour loss, "queries" (code), "neighbours" (paper), "both".
-        scoring: "clean" or "augmented" (code).
-        draws: random views that are averaged in the latter.
+        scoring: "clean", "augmented" (code), or "agreement", which is ours; see `similarities`.
+        draws: random views that are averaged in "augmented".
+        neighbours: that are asked in "agreement".
         memory: share of the old score that a new one keeps, in [0, 1): a running average.
         splitter: scores [n] -> weights [n].
         threshold: weight from which a pair is safe at the first split.
@@ -60,6 +61,7 @@ class Recipe:
     rows: str = "queries"
     scoring: str = "clean"
     draws: int = 1
+    neighbours: int = 8
     memory: float = 0.0
     splitter: Callable[[np.ndarray], np.ndarray] = dataclasses.field(
         default_factory=lambda: gaussian_mixture(monotone=True)
@@ -77,10 +79,16 @@ class Recipe:
         _check_name("method", self.method, METHODS)
         _check_name("schedule", self.schedule, SCHEDULES)
         _check_name("scoring", self.scoring, SCORINGS)
-        for name in ("epochs", "batch_size", "pool", "draws", "match_every"):
+        for name in ("epochs", "batch_size", "pool", "draws", "neighbours", "match_every"):
             check_steps(getattr(self, name), name)
-        for name in ("peak", "slow_rate", "warmup", "weight_decay", "growth"):
+        lengths, rates = ("unimodal_epochs", "slow_epochs", "warmup"), ("peak", "slow_rate")
+        for name in (*lengths, *rates, "weight_decay", "growth"):
             check_number(name, getattr(self, name), low=0)
+        for name in ("threshold", "fallback", "cap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.bounds[0] <= self.bounds[1] <= 1:
+            raise ValueError(f"bounds must be two rising shares in [0, 1], got {self.bounds}")
         if not 0 <= self.memory < 1:
             raise ValueError(f"memory must be in [0, 1), got {self.memory}")
         if self.method == "safeclip" and self.first_mixed > self.epochs:

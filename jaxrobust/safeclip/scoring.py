@@ -1,5 +1,6 @@
-"""How similar the image and the caption of every pair are, by the network as it stands."""
+"""How far a pair is to be trusted, by the network as it stands."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from tqdm import tqdm
 
-from jaxrobust import parallel
+from jaxrobust import data, parallel
 from jaxrobust.attacks.inputs import check_steps, example_keys, fold
 from jaxrobust.models import Clip
+from jaxrobust.safeclip.agreement import agreement
 from jaxrobust.safeclip.steps import Views, caption_views
 
-SCORINGS = ("clean", "augmented")
+SCORINGS = ("clean", "augmented", "agreement")
 
 
 def similarities(
@@ -25,24 +27,26 @@ def similarities(
     *,
     scoring: str = "clean",
     draws: int = 1,
+    neighbours: int = 8,
     views: Views | None = None,
     key: jax.Array | None = None,
     batch_size: int = 256,
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Float[np.ndarray, " n"]:
-    """The cosine of image and caption, pair by pair.
+    """One score for each pair: the cosine of image and caption, or their neighbours' agreement.
 
-    With several processes each one scores its share on its own devices; all get all scores.
+    With several processes each one embeds its share on its own devices; all get all scores.
 
     Args:
         clip: the dual encoder, in inference mode.
         variables: its variables.
         images: [n, h, w, c] float32 in [0, 1], an array or `data.StoredImages`.
         tokens: [n, 1 + v, t]: the caption, then views of it.
-        scoring: "clean" looks at the pair as it is; "augmented" at one random view of both, as the
-            authors' code does, which adds noise.
+        scoring: "clean" is the cosine of the pair as it is; "augmented" that of one random view of
+            both, as in the authors' code, which adds noise; "agreement" asks the pairs around it.
         draws: how many random views are averaged.
+        neighbours: that `agreement` asks.
         views: as of the training step; needed for "augmented".
         key: one typed key, likewise; a pair's views do not depend on the other pairs.
         batch_size: pairs at a time, rounded up to a multiple of the devices.
@@ -50,7 +54,7 @@ def similarities(
         progress: show a progress bar.
 
     Returns:
-        [n] in [-1, 1].
+        [n], cosines in [-1, 1]; of "agreement", standard deviations.
 
     Raises:
         ValueError: an unknown name, or "augmented" without views or key.
@@ -60,36 +64,62 @@ def similarities(
     if scoring == "augmented" and (views is None or key is None):
         raise ValueError("scoring='augmented' needs views and key")
     check_steps(draws, "draws")
+    look = _Look((clip.encode_image, clip.encode_text), views, draws, scoring)
+    pairs = _Pairs(images, tokens, jax.random.key(0) if key is None else key)
+    found = _over(pairs, look, variables, batch_size, mesh, progress)
+    if scoring == "agreement":
+        return agreement(*found, neighbours=neighbours)
+    return found.astype(np.float64)
+
+
+class _Pairs(NamedTuple):
+    """All that is scored."""
+
+    images: Any
+    tokens: Any
+    key: jax.Array
+
+
+def _over(pairs: _Pairs, look: "_Look", variables, batch_size, mesh, progress) -> Any:
+    """`look` at all pairs, batch by batch, each process at its share; arrays of n rows."""
     check_steps(batch_size, "batch_size")
-    count, devices = len(images), 1 if mesh is None else mesh.size
-    keys = example_keys(jax.random.key(0) if key is None else key, count)
+    count, devices = len(pairs.images), 1 if mesh is None else mesh.size
+    keys = example_keys(pairs.key, count)
     processes, mine = jax.process_count(), jax.process_index()
     share, size = -(-count // processes), -(-batch_size // devices) * devices
     chosen = np.minimum(np.arange(mine * share, (mine + 1) * share), count - 1)
-    # On the host first: a network that lies on the devices of all processes fits no local batch.
-    variables = jax.tree.map(np.asarray, variables)
-    look = _Look((clip.encode_image, clip.encode_text), views, draws, scoring == "clean")
-    found = []
-    for start in tqdm(range(0, share, size), "similarities", disable=not progress):
+    # By way of the host: a network that lies on the devices of all processes fits no local batch.
+    variables = parallel.replicate(jax.tree.map(np.asarray, variables), mesh)
+
+    def read(start: int) -> tuple:
         rows = chosen[np.minimum(np.arange(start, start + size), share - 1)]
-        batch = np.asarray(images[rows]), tokens[rows], keys[rows]
-        found.append(np.asarray(_run(look, mesh, variables, batch)))
-    own = np.concatenate(found)[:share]
-    return parallel.from_all_processes(own)[:count].astype(np.float64)
+        return np.asarray(pairs.images[rows]), pairs.tokens[rows], keys[rows]
+
+    starts = range(0, share, size)
+    batches = data.prefetch(map(read, starts))
+    bar = tqdm(batches, "scores", len(starts), disable=not progress, leave=False)
+    found = [jax.tree.map(np.asarray, _run(look, mesh, variables, batch)) for batch in bar]
+
+    def whole(*parts: np.ndarray) -> np.ndarray:
+        return parallel.from_all_processes(np.concatenate(parts)[:share])[:count]
+
+    return jax.tree.map(whole, *found)
 
 
 class _Look(NamedTuple):
     """What is compiled for."""
 
-    encoders: tuple[Any, Any]
+    encoders: tuple[Callable, Callable]
     views: Views | None
     draws: int
-    is_clean: bool
+    scoring: str
 
-    def __call__(self, variables: Any, batch: tuple, axis_name: str | None) -> jax.Array:
-        """[b] cosines."""
+    def __call__(self, variables: Any, batch: tuple, axis_name: str | None) -> Any:
+        """[b] cosines; of "agreement", the [b, d] embeddings of images and of captions."""
         images, tokens, keys = batch
-        if self.is_clean:
+        if self.scoring == "agreement":
+            return self.embeddings(variables, images, tokens[:, 0])
+        if self.scoring == "clean":
             return self.cosine(variables, images, tokens[:, 0])
 
         def one(number: int) -> jax.Array:
@@ -100,10 +130,15 @@ class _Look(NamedTuple):
 
         return sum(one(number) for number in range(self.draws)) / self.draws
 
+    def embeddings(self, variables: Any, images: jax.Array, tokens: jax.Array) -> tuple:
+        """[b, d] of each modality."""
+        encode_image, encode_text = self.encoders
+        return encode_image(variables, images), encode_text(variables, tokens)
+
     def cosine(self, variables: Any, images: jax.Array, tokens: jax.Array) -> jax.Array:
         """[b] cosines of images and captions, row by row."""
-        encode_image, encode_text = self.encoders
-        return (encode_image(variables, images) * encode_text(variables, tokens)).sum(1)
+        image, caption = self.embeddings(variables, images, tokens)
+        return (image * caption).sum(1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -94,17 +94,27 @@ def gaussian_mixture(
     """
 
     def weigh(scores: Scores) -> Weights:
-        _, weights = fit_mixture(scores, covariance=covariance)
-        return running_maximum(scores, weights) if monotone else weights
+        mixture, weights = fit_mixture(scores, covariance=covariance)
+        if not monotone:
+            return weights
+        # A narrow upper component's posterior falls to 0 far above it too.
+        return running_maximum(scores, weights, below=mixture.means[1])
 
     return weigh
 
 
-def running_maximum(scores: Scores, weights: Weights) -> Weights:
-    """Weights that are 0 left of their lowest point and never fall to the right of it."""
+def running_maximum(scores: Scores, weights: Weights, *, below: float = np.inf) -> Weights:
+    """Weights that are 0 left of their lowest point and never fall to the right of it.
+
+    Args:
+        scores: [n] similarities.
+        weights: [n] of a splitter.
+        below: the lowest point is looked for among scores that are not above this.
+    """
     order = np.argsort(scores, kind="stable")
     sorted_ = weights[order]
-    lowest = len(sorted_) - 1 - int(np.argmin(sorted_[::-1]))
+    within = max(1, int(np.searchsorted(scores[order], below, side="right")))
+    lowest = within - 1 - int(np.argmin(sorted_[:within][::-1]))
     sorted_ = np.where(np.arange(len(sorted_)) < lowest, 0.0, sorted_)
     out = np.empty_like(weights)
     out[order] = np.maximum.accumulate(sorted_)
