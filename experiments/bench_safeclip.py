@@ -3,9 +3,10 @@
     python -m experiments.bench_safeclip                  # the emoji's network, minutes on 2 cores
     python -m experiments.bench_safeclip --preset smoke   # seconds
 
-All steps are timed in turn in one process, and so are the search in both pools and their renewal by
-themselves; their share is of the unimodal step, the only one that asks a pool of both kinds.
-For the published size (ResNet-50, 21,845 rows) operations are counted, which needs no device.
+All steps are timed in turn in one process and on one device, and so are the search in both pools
+and their renewal by themselves; their share is of the unimodal step, the only one that asks a pool
+of both kinds. For the published size (ResNet-50, 21,845 rows) operations are counted, which needs
+no device.
 """
 
 import dataclasses
@@ -82,10 +83,10 @@ def step_and_state(tower: Tower, size: int, pool: int, kind: str):
     return step, create
 
 
-def stepping(config: Config, pool: int, kind: str, options) -> tuple[Callable, dict]:
+def stepping(config: Config, pool: int, kind: str) -> tuple[Callable, dict]:
     """A function that takes one step and waits for it, and what XLA says of its memory."""
     step, create = step_and_state(config.tower, config.size, pool, kind)
-    mesh = common.mesh_for(options, config.batch_size)
+    mesh = jr.parallel.data_mesh(1)  # where the search is timed too
     state = jr.parallel.create(create, mesh, jax.random.key(0))
     batch = jr.parallel.shard_batch(batch_of(config.tower, config.size, config.batch_size), mesh)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
@@ -177,7 +178,7 @@ def main(config: Config, options) -> None:
     for pool in config.pools:
         begun, runs, sizes = time.monotonic(), {SEARCH: searching(config, pool)}, {}
         for name in config.kinds:
-            runs[name], sizes[name] = stepping(config, pool, name, options)
+            runs[name], sizes[name] = stepping(config, pool, name)
         timed = timing.interleaved(runs, repeats=config.repeats, seconds=config.seconds)
         for name, figures in timed.items():
             seconds = figures["seconds_median"]

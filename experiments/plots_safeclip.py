@@ -11,12 +11,11 @@ from experiments import common
 from experiments.common import markdown, percent
 from experiments.plots import read, rows_of, spread
 from experiments.plots_sipat import panels
-from experiments.safeclip_settings import CANARIES, NOTHING, Config
+from experiments.safeclip_settings import CANARIES, NOTHING, UNDEFENDED, Config
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.metrics import wilson_interval
 from jaxrobust.safeclip import triggers
 
-UNDEFENDED = "clip_augmented"
 ENOUGH, LITTLE, USEFUL = 0.8, 0.1, 0.9
 CREDIT = "Emoji: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
 
@@ -26,25 +25,28 @@ def table(path: Path) -> str:
     record = read(path)
     config, rows = record["config"], rows_of(record, "attack", "method")
     header = [
-        "attack", "training", "success %", "Wilson, all seeds", "triggered, true class %",
+        "attack", "training", "success %", "Wilson, all seeds", "unpoisoned %",
+        "triggered, true class %",
         "zero-shot top-1 / 5 %", "other style, top-1 %", "retrieval R@5 %",
         "probe %", "poisons kept %", "AUROC", "s per epoch", "seeds",
     ]  # fmt: skip
-    lines = []
-    for attack in config["attacks"]:
-        if attack == CANARIES:
-            continue
-        for method in config["methods"]:
-            cells = rows.get((attack, method))
-            missing = [attack, method, *["not run"] * (len(header) - 2)]
-            lines.append([attack, method, *columns(cells)] if cells else missing)
+
+    def line(attack: str, method: str) -> list[str]:
+        cells = rows.get((attack, method))
+        found = columns(cells) if cells else ["not run"] * (len(header) - 2)
+        return [attack, method, *found]
+
+    attacks, candidates = config["attacks"], config.get("candidates", ())
+    lines = [line(a, m) for a in attacks if a != CANARIES for m in config["methods"]]
     parts = [markdown(header, lines)]
-    tuned = {m: c for (attack, m), c in rows.items() if attack == CANARIES}
+    tuned = [line(CANARIES, name) for name in candidates]
     if tuned:
-        lines = [[CANARIES, method, *columns(cells)] for method, cells in tuned.items()]
         kinds = [*header]
         kinds[2] = "success, targets / triggered %"
-        parts.append(markdown(kinds, lines))
+        parts.append(markdown(kinds, tuned))
+    single = [line(a, name) for a in config.get("ablated", ()) for name in candidates]
+    if single:
+        parts.append(markdown(header, single))
     return "\n\n".join(parts)
 
 
@@ -53,14 +55,18 @@ def columns(cells: list[dict]) -> list[str]:
     kinds = [kind for kind in ("targeted", "backdoor") if kind in cells[0]]
     shares = {kind: [share_of(cell, kind) for cell in cells] for kind in kinds}
     pooled = [interval(found) for found in shares.values()]
-    last = [(cell.get("history") or [{}])[-1] | cell for cell in cells]
-    leaks = [cell["leak"]["estimate"] for cell in last if "leak" in cell]
+    # A split comes after what was taken out before training, and has the last word.
+    last = [cell | (cell.get("history") or [{}])[-1] for cell in cells]
+    leaks = [cell["leak"]["successes"] / cell["planted"] for cell in last if "leak" in cell]
+    base = [[share_of(cell["base"], kind)["estimate"] for cell in cells if "base" in cell]
+            for kind in kinds]  # fmt: skip
     areas = [cell["auroc"] for cell in last if "auroc" in cell]
     truth = [cell["backdoor"]["accuracy"]["estimate"] for cell in cells if "backdoor" in cell]
     tops = [spread([cell["zero_shot"][f"top{k}"] for cell in cells]) for k in (1, 5)]
     return [
         " / ".join(spread([share["estimate"] for share in found]) for found in shares.values()),
         " / ".join(f"{percent(low)} to {percent(high)}" for low, high in pooled),
+        " / ".join(spread(found) for found in base if found),
         spread(truth) if truth else "",
         " / ".join(tops),
         optional(cells, "zero_shot_style", lambda found: found["top1"]),
@@ -100,11 +106,13 @@ def recall(cell: dict) -> float:
 def verdict(path: Path) -> str:
     """Whether attacks work on the undefended network, and what each defence leaves and costs.
 
-    A defence counts only where the attack succeeds without one; usefulness is zero-shot accuracy
-    and retrieval in units of the undefended network's.
+    A defence counts only where the attack succeeds without one, on every seed. Usefulness is
+    zero-shot accuracy and retrieval in units of the undefended network's: of the one that met the
+    same poisons, and of the one that met none, by which it is judged where it was trained.
     """
     record = read(path)
     rows, lines = rows_of(record, "attack", "method"), []
+    unpoisoned = rows.get((NOTHING, UNDEFENDED))
     for attack in record["config"]["attacks"]:
         bare = rows.get((attack, UNDEFENDED))
         if attack in (CANARIES, NOTHING) or not bare:
@@ -116,24 +124,32 @@ def verdict(path: Path) -> str:
             if method == UNDEFENDED or not cells:
                 continue
             shares = [share_of(cell, kind) for cell in cells]
-            kept = [
-                np.mean([of(cell) for cell in cells]) / np.mean([of(cell) for cell in bare])
-                for of in (lambda cell: cell["zero_shot"]["top1"], recall)
-            ]
-            stops = np.mean([share["estimate"] for share in shares]) <= LITTLE
+            rates = [share["estimate"] for share in shares]
+            useful = [usefulness(cells, rivals) for rivals in (bare, unpoisoned) if rivals]
             lines.append(
                 [
-                    attack, "yes" if works else "**no**", method,
-                    percent(interval(shares)[1]), "yes" if stops else "no",
-                    " / ".join(percent(value, 0) for value in kept),
-                    "yes" if min(kept) >= USEFUL else "no",
+                    attack, "yes" if works else "**no**", method, percent(np.mean(rates)),
+                    percent(max(rates)), percent(interval(shares)[1]),
+                    "yes" if np.mean(rates) <= LITTLE else "no",
+                    *(" / ".join(percent(value, 0) for value in found) for found in useful),
+                    *["not run"] * (2 - len(useful)),
+                    "yes" if min(useful[-1]) >= USEFUL else "no",
                 ]
             )  # fmt: skip
     header = [
-        "attack", "works undefended (80 % on every seed)", "training", "success, upper end %",
-        "stops it (10 %)", "zero-shot / retrieval, % of undefended", "as useful (90 %)",
+        "attack", "works undefended (80 % on every seed)", "training", "success %", "worst seed %",
+        "upper end, all seeds %", "stops it (10 %)", "zero-shot / retrieval, % of undefended",
+        "% of unpoisoned", "as useful (90 %)",
     ]  # fmt: skip
     return markdown(header, lines)
+
+
+def usefulness(cells: list[dict], rivals: list[dict]) -> list[float]:
+    """Zero-shot accuracy and retrieval as shares of another row's, means over seeds."""
+    return [
+        float(np.mean([of(cell) for cell in cells]) / np.mean([of(cell) for cell in rivals]))
+        for of in (lambda cell: cell["zero_shot"]["top1"], recall)
+    ]
 
 
 def histograms(path: Path) -> None:

@@ -7,9 +7,9 @@
 
 Captioned emoji are poisoned, a small dual encoder is trained on them by CLIP, RoCLIP and SAFECLIP,
 and others are cleaned afterwards, or filtered or freed of copies before. How SAFECLIP is set is
-chosen by canaries: poisons of the defender's own that share no class, picture, trigger or template
-with the attacks. Every attack's pairs are described by a hashed manifest beside the weights. A run
-that is stopped goes on.
+chosen by canaries: poisons of the defender's own, planted in clean pairs, that share no class,
+picture, trigger or template with the attacks; they know the attacks' number of copies. Every
+attack's pairs are described by a hashed manifest beside the weights. A run that is stopped goes on.
 """
 
 import time
@@ -23,8 +23,16 @@ from tqdm import tqdm
 
 from experiments import common, plots_safeclip, safeclip_evaluation
 from experiments.safeclip_evaluation import Judge, World
-from experiments.safeclip_settings import CANARIES, CHOSEN, NOTHING, PRESETS, Config, Method
-from jaxrobust import data, models, safeclip
+from experiments.safeclip_settings import (
+    CANARIES,
+    CHOSEN,
+    NOTHING,
+    PRESETS,
+    UNDEFENDED,
+    Config,
+    Method,
+)
+from jaxrobust import data, models, parallel, safeclip
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.safeclip import density, poisons, triggers
 from jaxrobust.safeclip.manifest import Manifest
@@ -199,6 +207,7 @@ def thinned(method: Method, pairs, manifest, seed: int) -> tuple[Pairs, dict]:
     """The pairs with few near copies of each image, and who of the poisons is still there."""
     groups = safeclip.near_copies(safeclip.thumbnails(pairs.images))
     keep = np.isin(np.arange(len(groups)), safeclip.thin(groups, method.copies, seed=seed))
+    keep = parallel.from_first_process(keep)
     is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
     found = {"thinned_pairs": int(keep.sum())}
     found |= safeclip_evaluation.caught(keep, None, is_poison)
@@ -209,7 +218,7 @@ def filtered(method: Method, world: World, pairs, manifest, before) -> tuple[Pai
     """The pairs without the outliers among a network's embeddings, and who they were."""
     embeddings = world.images(before, pairs.images)
     scores = density.detect(getattr(density, method.detector), embeddings)
-    keep = scores <= np.quantile(scores, 1 - method.dropped)
+    keep = parallel.from_first_process(scores <= np.quantile(scores, 1 - method.dropped))
     is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
     found = safeclip_evaluation.caught(keep, scores, is_poison)
     return pairs.take(np.flatnonzero(keep)), found
@@ -228,27 +237,34 @@ def tokens_of(pairs: Pairs, world: World, seed: int) -> np.ndarray:
 def chosen(results: common.Results, config: Config) -> str:
     """The candidate that canaries speak for: the most useful of those that stop them.
 
-    Those count whose success on canaries, targeted and triggered, is within the limit; without
-    one, the candidate that lets by the least. Useful is the mean of zero-shot accuracy and
-    retrieval on the validation pictures. No label of an attack is looked at.
+    Those count whose success on canaries, targeted and triggered, is within the limit or within
+    what an unpoisoned network errs by; without one, the candidate that lets by the least. Useful is
+    the mean of zero-shot accuracy and retrieval on the validation pictures. No label of an attack
+    is looked at.
     """
     cells = {
         cell["key"]["method"]: cell["metrics"]
         for cell in results.cells
         if cell["key"]["attack"] == CANARIES and cell["key"]["method"] in config.candidates
     }
-    worst = {name: max(success(metrics, kind) for kind in ("targeted", "backdoor"))
-             for name, metrics in cells.items()}  # fmt: skip
-    stopping = [name for name in cells if worst[name] <= config.limit]
+    worst = {
+        name: max(excess(metrics, kind, config.limit) for kind in ("targeted", "backdoor"))
+        for name, metrics in cells.items()
+    }
+    stopping = [name for name in cells if worst[name] <= 0]
     if stopping:
         return max(stopping, key=lambda name: usefulness(cells[name]))
     return min(cells, key=worst.get)
 
 
-def success(metrics: dict[str, Any], kind: str) -> float:
-    """Share of the targets or of the triggered pictures where a poison succeeded."""
-    found = metrics[kind]
-    return (found["success"] if kind == "backdoor" else found)["estimate"]
+def excess(metrics: dict[str, Any], kind: str, limit: float) -> float:
+    """By how much a poison succeeds more often than the limit, and than without any poison."""
+    shares = [
+        plots_safeclip.share_of(found, kind)["estimate"]
+        for found in (metrics, metrics.get("base"))
+        if found
+    ]
+    return shares[0] - max([limit, *shares[1:]])
 
 
 def usefulness(metrics: dict[str, Any]) -> float:
@@ -289,9 +305,11 @@ def run(key: dict, config: Config, world: World, results, options) -> dict[str, 
     variables, taken = trained(key, config, world, options)
     manifest = safeclip.manifest.load(common.run_folder(options, config, key) / "manifest.json")
     judge = world.validation if key["attack"] == CANARIES else world.test
-    return {
-        **own, **safeclip_evaluation.evaluate(world, judge, manifest, variables), **taken
-    }  # fmt: skip
+    clean = None
+    if NOTHING in config.attacks and UNDEFENDED in config.methods:
+        clean = trained({**key, "attack": NOTHING, "method": UNDEFENDED}, config, world, options)[0]
+    found = safeclip_evaluation.evaluate(world, judge, manifest, variables, clean)
+    return {**own, **found, **taken}
 
 
 def main(config: Config, options) -> None:
@@ -300,17 +318,19 @@ def main(config: Config, options) -> None:
     results = common.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         world = world_of(config)
-        for key in tqdm(keys(config), desc=NAME, unit="cell"):
+        for key in tqdm(keys(config), desc=NAME, unit="cell", disable=jax.process_index() > 0):
             if results.find(key) is None:
                 begun = time.monotonic()
                 metrics = run(key, config, world, results, options)
                 results.add(key, metrics, time.monotonic() - begun)
-        plots_safeclip.triggered(path, world.test.pairs, config)
-    plots_safeclip.histograms(path)
-    plots_safeclip.leaks(path)
-    print(plots_safeclip.table(path))
-    print(plots_safeclip.verdict(path))
-    print(f"results: {path}")
+        if jax.process_index() == 0:
+            plots_safeclip.triggered(path, world.test.pairs, config)
+    if jax.process_index() == 0:
+        plots_safeclip.histograms(path)
+        plots_safeclip.leaks(path)
+        print(plots_safeclip.table(path))
+        print(plots_safeclip.verdict(path))
+        print(f"results: {path}")
 
 
 if __name__ == "__main__":

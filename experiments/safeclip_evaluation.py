@@ -1,6 +1,6 @@
 """How the SAFECLIP experiment judges a dual encoder: what it can do, and what poisons did to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,24 +62,36 @@ class World(NamedTuple):
         )
 
 
-def evaluate(world: World, judge: Judge, manifest: Manifest, variables: dict) -> dict[str, Any]:
+def evaluate(
+    world: World,
+    judge: Judge,
+    manifest: Manifest,
+    variables: dict,
+    unpoisoned: dict | None = None,
+) -> dict[str, Any]:
     """Zero-shot accuracy, retrieval and linear probe, and the success of every poison.
+
+    Target images count for nothing but the poisons' success.
 
     Args:
         world: data and network.
         judge: the pictures to judge by.
         manifest: what was planted.
         variables: of the trained network.
+        unpoisoned: of a network trained on clean pairs, which errs in the attacker's favour now and
+            then too: the base rate of success.
     """
-    names = judge.labelled.class_names
-    prototypes = metrics.class_prototypes(lambda texts: world.texts(variables, texts), names)
     sources = [
         index
         for poison in manifest.poisons
         if poison.kind == "targeted"
         for index in poison.sources
     ]
-    clean = judge.labelled.take(np.flatnonzero(~np.isin(judge.labelled.indices, sources)))
+    pairs, clean, style = (
+        part and part.take(np.flatnonzero(~np.isin(part.indices, sources)))
+        for part in (judge.pairs, judge.labelled, world.style if judge is world.test else None)
+    )
+    prototypes = prototypes_of(world, variables, clean.class_names)
 
     def zero_shot(pairs: Pairs) -> dict[str, float]:
         scores = world.images(variables, pairs.images) @ prototypes.T
@@ -88,16 +100,25 @@ def evaluate(world: World, judge: Judge, manifest: Manifest, variables: dict) ->
     found = {
         "zero_shot": zero_shot(clean),
         "retrieval": metrics.retrieval(
-            world.images(variables, judge.pairs.images),
-            world.texts(variables, list(judge.pairs.captions)),
+            world.images(variables, pairs.images),
+            world.texts(variables, list(pairs.captions)),
             ks=(1, 5, 10),
         ),
+        "planted": sum(len(poison.indices) for poison in manifest.poisons),
     }
     if world.shown is not None:
         found |= by_name(world, clean, variables) | probe(world, clean, variables)
-    if world.style is not None and judge is world.test:
-        found["zero_shot_style"] = zero_shot(world.style)
-    return found | successes(world, judge, clean, manifest, variables, prototypes)
+    if style:
+        found["zero_shot_style"] = zero_shot(style)
+    found |= successes(world, judge, clean, manifest, variables)
+    if unpoisoned is not None and manifest.poisons:
+        found["base"] = successes(world, judge, clean, manifest, unpoisoned)
+    return found
+
+
+def prototypes_of(world: World, variables: dict, names: Sequence[str]) -> np.ndarray:
+    """[classes, d] mean embeddings of the classes' prompts."""
+    return metrics.class_prototypes(lambda texts: world.texts(variables, texts), names)
 
 
 def by_name(world: World, clean: Pairs, variables: dict) -> dict[str, Any]:
@@ -120,9 +141,10 @@ def probe(world: World, clean: Pairs, variables: dict) -> dict[str, float]:
     return {"linear_probe": accuracy}
 
 
-def successes(world, judge, clean, manifest, variables, prototypes) -> dict[str, Any]:
+def successes(world, judge, clean, manifest, variables) -> dict[str, Any]:
     """What every poison achieved: the share of the targets, or of the triggered pictures."""
     names, found = list(clean.class_names), {}
+    prototypes = prototypes_of(world, variables, names)
     aims = {
         poison.sources[0]: names.index(poison.target)
         for poison in manifest.poisons

@@ -8,6 +8,7 @@ from typing import Any
 CANARIES = "canaries"
 NOTHING = "none"  # clean pairs: what a defence costs where nobody attacks
 CHOSEN = "safeclip_recommended"
+UNDEFENDED = "clip_augmented"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -250,11 +250,11 @@ def test_canaries_are_refused_what_others_use():
         ),
         ("style must be", lambda t: poisons.backdoor(PAIRS, TRIGGER, "cat", rate=1, style="x")),
         (
-            "17 images without 'cat'",
+            "17 images not of 'cat'",
             lambda t: poisons.backdoor(PAIRS, TRIGGER, "cat", rate=17, pool=HELD),
         ),
         (
-            "9 images with 'cat' .* only 8",
+            "9 images of 'cat' .* only 8",
             lambda t: poisons.backdoor(PAIRS, TRIGGER, "cat", rate=9, style="consistent"),
         ),
         (
@@ -290,3 +290,27 @@ def test_each_copy_is_another_view_when_views_are_given():
     np.testing.assert_array_equal(added, (np.round(added * 255) / 255).astype(np.float32))
     assert ((added >= 0) & (added <= 1)).all()
     assert record.poisons[0].sources == (HELD.indices[0],) * 3
+
+
+def labelled(count, first):
+    """Pictures whose captions do not say what their labels say."""
+    images = RANDOM.random((count, 6, 6, 3), dtype=np.float32)
+    captions = tuple(f"number {row}" for row in range(count))
+    indices = np.arange(first, first + count, dtype=np.int32)
+    return Pairs(images, captions, indices, (np.arange(count) % 5).astype(np.int32), NAMES)
+
+
+def test_no_poison_is_of_its_class_by_label_either():
+    pool = labelled(20, 900)
+    planted, record = planting.canaries(
+        PAIRS, ["cat", "owl"], per_target=2, rate=3, targets=12, pool=pool, trigger=TRIGGER
+    )
+    for poison in record.poisons:
+        if poison.kind == "targeted":
+            row = poison.sources[0] - 900
+            assert NAMES[pool.labels[row]] != poison.target
+    one, record = poisons.backdoor(pool, TRIGGER, "dog", rate=16)
+    assert not {i for i in record.poisons[0].sources if NAMES[pool.labels[i - 900]] == "dog"}
+    assert poisons.backdoor(pool, TRIGGER, "dog", rate=4, style="consistent")[1]
+    with pytest.raises(ValueError, match="must not be of its adversarial class 'cat'"):
+        poisons.targeted(PAIRS, pool.take([0]), ["cat"], per_target=1)

@@ -25,6 +25,7 @@ def share(successes, n):
 
 def metrics(targeted=None, backdoor=None, top1=0.5, recall=0.4):
     found = {
+        "planted": 4,
         "zero_shot": {"top1": top1, "top5": 0.9},
         "retrieval": {"image_to_text_r5": recall, "text_to_image_r5": recall},
         "epoch_seconds": 2.0,
@@ -138,6 +139,8 @@ def write(path, cells):
     config = {
         "attacks": {name: {} for name in (NOTHING, "targeted", "badnets", CANARIES)},
         "methods": {name: {} for name in ("clip_augmented", "safeclip_fixed", "roclip")},
+        "candidates": {"growth_0": {}},
+        "ablated": ["targeted"],
     }
     cells = [
         {"key": {"attack": attack, "method": method, "seed": seed}, "metrics": found}
@@ -159,10 +162,34 @@ def test_a_defence_counts_only_where_the_attack_works_without_it(tmp_path):
         },
     )
     lines = plots_safeclip.verdict(path).splitlines()[2:]
-    assert [line.strip("| ").split(" | ") for line in lines] == [
-        ["targeted", "**no**", "safeclip_fixed", "19.4", "yes", "100 / 92", "yes"],
-        ["badnets", "yes", "safeclip_fixed", "18.6", "no", "100 / 87", "no"],
+    shown = [line.strip("| ").split(" | ") for line in lines]
+    first = ["0.0", "0.0", "19.4", "yes", "100 / 92", "not run", "yes"]
+    second = ["11.0", "11.0", "18.6", "no", "100 / 87", "not run", "no"]
+    assert shown == [
+        ["targeted", "**no**", "safeclip_fixed", *first],
+        ["badnets", "yes", "safeclip_fixed", *second],
     ]
+
+
+def test_usefulness_is_judged_by_the_network_that_met_no_poison(tmp_path):
+    path = write(
+        tmp_path / "safeclip-test.json",
+        {
+            (NOTHING, "clip_augmented", 0): metrics(top1=0.6, recall=0.5),
+            ("targeted", "clip_augmented", 0): metrics(16, top1=0.2),
+            ("targeted", "safeclip_fixed", 0): metrics(0, top1=0.5),
+        },
+    )
+    line = plots_safeclip.verdict(path).splitlines()[-1]
+    assert line.strip("| ").split(" | ")[-3:] == ["250 / 100", "83 / 80", "no"]
+
+
+def test_what_an_unpoisoned_network_errs_by_is_no_success_of_a_canary():
+    found = results(safeclip_fixed=metrics(3, 5, top1=0.4), growth_0=metrics(1, 5, top1=0.3))
+    assert safeclip.chosen(found, Config()) == "growth_0"
+    for cell in found.cells:
+        cell["metrics"]["base"] = metrics(3, 2)
+    assert safeclip.chosen(found, Config()) == "safeclip_fixed"
 
 
 def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
@@ -174,7 +201,7 @@ def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
             (CANARIES, "growth_0", 0): metrics(0, 4),
         },
     )
-    first, second = plots_safeclip.table(path).split("\n\n")
+    first, second, third = plots_safeclip.table(path).split("\n\n")
     row = next(line for line in first.splitlines() if line.startswith("| targeted |"))
     assert row.strip("| ").split(" | ")[:4] == [
         "targeted",
@@ -184,6 +211,16 @@ def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
     ]
     assert "| badnets | roclip | not run |" in first
     assert "| canaries | growth_0 | 0.0 / 4.0 |" in second
+    assert "| targeted | growth_0 | not run |" in third
+
+
+def test_poisons_kept_are_those_in_the_last_safe_set_of_all_that_were_planted(tmp_path):
+    history = [{"epoch": 3, "safe_share": 0.2, "leak": share(1, 2), "auroc": 0.75}]
+    thinned = {**metrics(0), "leak": share(2, 4), "history": history}
+    path = write(tmp_path / "safeclip-test.json", {("targeted", "safeclip_fixed", 0): thinned})
+    table = plots_safeclip.table(path).splitlines()
+    line = next(line for line in table if "| safeclip_fixed | 0" in line)
+    assert line.strip("| ").split(" | ")[-4:] == ["25.0", "0.75", "2.0", "1"]
 
 
 @pytest.mark.parametrize("preset", ["laptop", "paper"])

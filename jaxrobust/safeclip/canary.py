@@ -119,7 +119,7 @@ def _unused(pool, known):
 
 def _rows(pool, aims, random):
     """A row for each aim, all different, none of the class that it is aimed at."""
-    left, rows = list(random.permutation(len(pool.captions))), []
+    left, rows = random.permutation(len(pool.captions)).tolist(), []
     for name in aims:
         row = next((row for row in left if not belongs(pool, row, name)), None)
         if row is None:
