@@ -302,14 +302,14 @@ def labelled(count, first):
 
 def test_no_poison_is_of_its_class_by_label_either():
     pool = labelled(20, 900)
-    planted, record = planting.canaries(
+    _, record = planting.canaries(
         PAIRS, ["cat", "owl"], per_target=2, rate=3, targets=12, pool=pool, trigger=TRIGGER
     )
     for poison in record.poisons:
         if poison.kind == "targeted":
             row = poison.sources[0] - 900
             assert NAMES[pool.labels[row]] != poison.target
-    one, record = poisons.backdoor(pool, TRIGGER, "dog", rate=16)
+    _, record = poisons.backdoor(pool, TRIGGER, "dog", rate=16)
     assert not {i for i in record.poisons[0].sources if NAMES[pool.labels[i - 900]] == "dog"}
     assert poisons.backdoor(pool, TRIGGER, "dog", rate=4, style="consistent")[1]
     with pytest.raises(ValueError, match="must not be of its adversarial class 'cat'"):
