@@ -68,18 +68,22 @@ def preprocessor(key, config: Config, world: World, options) -> tuple[models.Mod
     if method.kind in ("jpeg", "total_variation"):
         return models.build(method.kind, **method.options), {"params": {}}, {}
     model = models.autoencoder(
-        shape, widths=problem.widths, latent_norm=True,
+        shape, widths=problem.widths, patch=problem.patch, latent_norm=True,
         latent_channels=method.latent_channels or problem.latent_channels,
     )  # fmt: skip
-    objective = objective_of(method, problem, config)
+    objective = objective_of(method, problem, config, shape)
     fitted = trained(key, config, world, options, model, objective, config.epochs, config.rate)
     return model, fitted[0], fitted[1]
 
 
-def objective_of(method: Method, problem: Problem, config: Config) -> training.Objective:
-    """What a pre-processor is trained for."""
+def objective_of(
+    method: Method, problem: Problem, config: Config, shape: tuple[int, ...]
+) -> training.Objective:
+    """What a pre-processor of images [h, w, c] is trained for."""
     if method.kind == "denoiser":
-        return training.denoising(method.sigma or config.noise_per_eps * problem.eps)
+        # Summed over an image as in the other rows: gradients are clipped, so the scale matters.
+        sigma = method.sigma or config.noise_per_eps * problem.eps
+        return training.denoising(sigma, mse=float(np.prod(shape)))
     weights = cropd.Weights(method.clean, method.contrast, method.denoising, method.displacement)
     attack = jr.linf_pgd(problem.eps, steps=config.attack_steps)
     return cropd.robust_autoencoder(
@@ -94,13 +98,14 @@ def rival(key, config: Config, world: World, options) -> Built:
     """
     frozen = ("foundation",) if config.methods[key["method"]].kind == "alf" else ()
     model = models.defend(None, world.size, world.foundation, world.classes, frozen=frozen)
-    start = models.join(foundation=world.published)
-    start = models.join(foundation=world.published, head=fit_head(model, start, config, world))
     count = len(world.train.labels)
     held_out = world.train.take(slice(count - count // 10, count))
     world = world._replace(train=world.train.take(slice(count - count // 10)))
+    start = models.join(foundation=world.published)
+    start = models.join(foundation=world.published, head=fit_head(model, start, config, world))
     attack = jr.linf_pgd(world.problem.eps, steps=config.rival_steps)
-    ramp = optax.linear_schedule(0.0, 1.0, config.rival_epochs * 10)
+    per_epoch = jr.data.steps_per_epoch(world.train, config.batch_size)
+    ramp = optax.linear_schedule(0.0, 1.0, config.ramp_epochs * per_epoch)
     objective = training.adversarial(attack, eps_schedule=ramp)
 
     def validate(variables):
@@ -157,7 +162,7 @@ def trained(
         costs = {
             "train_epochs": fitted.best_epoch,
             "train_flops": flops(step, create, config, shape) * per_epoch * fitted.best_epoch,
-            "train_seconds": round(fitted.seconds * share, 2),
+            "train_seconds": round((fitted.seconds - fitted.validation_seconds) * share, 2),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(fitted.variables["params"])),
         }
         return fitted.variables, costs
@@ -181,7 +186,8 @@ def flops(step, create, config: Config, shape) -> float:
 
 def world_of(problem: Problem, config: Config) -> World:
     """Data and foundation model of a problem."""
-    train, test = (jr.data.load(problem.dataset, split) for split in ("train", "test"))
+    splits = problem.train_split, problem.test_split
+    train, test = (jr.data.load(problem.dataset, split) for split in splits)
     if problem.classes is not None:
         train, test = (subset(part, problem.classes) for part in (train, test))
     foundation, published = models.load_efficientnet_lite0()

@@ -45,6 +45,8 @@ def evaluate(
         near: other models, by name, whose adversarial images are tried on it.
         folder: where the suite keeps its state.
     """
+    # What came from a file lies on the host, and would be sent again with every call.
+    built = built._replace(variables=jax.device_put(built.variables))
     model, variables, _ = built
     few, eps = world.test.take(slice(config.attacked_images)), world.problem.eps
     correct = partial(jr.evaluation.correct, model.apply, variables, batch_size=config.batch)

@@ -62,6 +62,9 @@ class Problem:
     widths: tuple[int, ...]
     latent_channels: int
     train_images: int = 2000
+    train_split: str = "train"
+    test_split: str = "test"
+    patch: int = 1  # side of the patches that the auto-encoder works on
     classes: tuple[int, ...] | None = None  # some of the set's classes, renumbered
     shift: int = 2
     flip: bool = True
@@ -101,7 +104,8 @@ class Config:
     ema_decay: float = 0.99
     # Its rivals
     rival_epochs: int = 20
-    patience: int = 4
+    ramp_epochs: int = 2  # in which their eps rises
+    patience: int = 6
     rival_rate: float = 1e-3
     rival_steps: int = 10
     # Heads and evaluation
@@ -145,10 +149,12 @@ PRESETS = {
             "svhn": dataclasses.replace(CIFAR, dataset="svhn", train_images=73_257, flip=False),
             "imagenette": dataclasses.replace(
                 CIFAR, dataset="imagenette", eps=4 / 255, widths=(64, 128, 256, 256),
-                train_images=9_469,
+                train_images=9_469, test_split="validation",
             ),
+            # Four fifths, which fit in memory.
             "tiny_imagenet": dataclasses.replace(
-                CIFAR, dataset="tiny_imagenet", widths=(64, 128, 256, 256), train_images=100_000
+                CIFAR, dataset="tiny_imagenet", widths=(64, 128, 256, 256), train_images=80_000,
+                train_split="train[:80%]", test_split="validation",
             ),
         },
         side=224, epochs=100, batch_size=512, rate=1e-3, attack_steps=10, ema_decay=0.999,

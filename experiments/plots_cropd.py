@@ -67,35 +67,41 @@ def outcomes_of(cells: list[dict], row: int | None) -> np.ndarray:
 def verdict(path: Path) -> str:
     """Each pre-processor beside the denoiser of equal size, the bare model, and fine-tuning.
 
-    Differences in points, with bootstrap 95 % intervals paired over images and pooled over seeds;
-    the worst case where the suite was run, else PGD at the problem's eps.
+    Differences in points, with bootstrap 95 % intervals paired over images and pooled over seeds:
+    under PGD at the problem's eps for every row, and in the worst case where the suite was run for
+    both.
     """
     record = read(path)
-    rows, seeds = rows_of(record, "dataset", "method"), len(record["config"]["seeds"])
+    config = record["config"]
+    rows, seeds = rows_of(record, "dataset", "method"), len(config["seeds"])
     parts = []
-    for dataset in record["config"]["problems"]:
+    for dataset in config["problems"]:
         cells = {m: c for (where, m), c in rows.items() if where == dataset and len(c) == seeds}
         if not {"none", "gaussian_dae"} <= set(cells):
             continue
         lines = []
         for method, found in cells.items():
-            if record["config"]["methods"][method]["kind"] != "autoencoder":
+            if config["methods"][method]["kind"] != "autoencoder":
                 continue
-            judged = all("robust_outcomes" in c for c in (*found, *cells["gaussian_dae"]))
-            row = None if judged else 2
-            pairs = [(row, "gaussian_dae"), (row, "none"), (0, "none")]
-            gains = [
-                metrics.paired_bootstrap(outcomes_of(found, r), outcomes_of(cells[other], r))
-                for r, other in pairs
-            ]
+            rivals = ((2, "gaussian_dae"), (None, "gaussian_dae"), (None, "none"), (0, "none"))
+            gains = [gain(found, cells[other], row) for row, other in rivals]
             costs = [share(found, cells.get("aff"), name) for name in COSTS]
-            lines.append([method, *map(points, gains), *costs])
+            lines.append([method, *gains, *costs])
+        steps = f"PGD-{config['attack_steps']} in ours, PGD-{config['rival_steps']} in it"
         header = [
-            dataset, "robust, to the denoiser", "robust, to the bare model",
-            "clean, to the bare model", "FLOPs of AFF's", "seconds of AFF's",
+            dataset, f"PGD-{config['pgd_steps']}, to the denoiser", "worst case, to the denoiser",
+            "worst case, to the bare model", "clean, to the bare model",
+            f"FLOPs of AFF's ({steps})", "seconds of AFF's",
         ]  # fmt: skip
         parts.append(markdown(header, lines))
     return "\n\n".join(parts)
+
+
+def gain(cells: list[dict], rivals: list[dict], row: int | None) -> str:
+    """A difference in points, if both were measured so; rows as of `outcomes_of`."""
+    if row is None and not all("robust_outcomes" in cell for cell in (*cells, *rivals)):
+        return "not run"
+    return points(metrics.paired_bootstrap(outcomes_of(cells, row), outcomes_of(rivals, row)))
 
 
 def share(cells: list[dict], rivals: list[dict] | None, name: str) -> str:
@@ -140,12 +146,21 @@ def frontier(path: Path) -> None:
             if not cells:
                 continue
             clean = [100 * c["clean_accuracy"] for c in cells]
-            robust = [100 * c.get("robust_accuracy", c[f"pgd{steps}_accuracy"][1]) for c in cells]
+            judged = all("robust_accuracy" in c for c in cells)
+            robust = [
+                100 * (c["robust_accuracy"] if judged else c[f"pgd{steps}_accuracy"][1])
+                for c in cells
+            ]
             marker = "s" if method in COSTLY else "o"
             style = {"marker": marker, "linestyle": "none", "capsize": 2}
+            style["fillstyle"] = "full" if judged else "none"
             axis.errorbar(np.mean(clean), np.mean(robust), np.std(robust), np.std(clean), **style)
             axis.annotate(method, (np.mean(clean), np.mean(robust)), fontsize=6)
         axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=dataset)
         axis.grid(alpha=0.3)
-    figure.suptitle("Squares train the foundation model's head or all of it", fontsize=8)
+    title = (
+        "Squares train the foundation model's head or all of it; filled: worst case over all "
+        f"attacks, hollow: PGD-{steps} alone"
+    )
+    figure.suptitle(title, fontsize=8)
     common.once(path.with_name(f"{path.stem}-frontier.png"), lambda p: figure.savefig(p, dpi=110))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import jaxrobust as jr
 from experiments import common, plots_sipat
-from experiments.sipat_settings import PRESETS, Config, Method, Problem
+from experiments.sipat_settings import PRESETS, UNANNOTATED, Config, Method, Problem
 from jaxrobust import salience, sipat, training
 
 NAME = "sipat"
@@ -267,10 +267,11 @@ def load(config: Config) -> dict[str, dict[str, Any]]:
 def keys(config: Config) -> list[dict]:
     """All cells, seed by seed; methods that others take scores from come first."""
     return [
-        {"dataset": dataset, "method": method, "seed": seed}
+        {"dataset": dataset, "method": name, "seed": seed}
         for seed in config.seeds
         for dataset in config.problems
-        for method in config.methods
+        for name, method in config.methods.items()
+        if method.source != "human" or dataset not in UNANNOTATED
     ]
 
 

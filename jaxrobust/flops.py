@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 
 class Counts(NamedTuple):
@@ -46,7 +47,8 @@ def count_flops(fn, *args, while_trips: int | None = None, count_padding: bool =
     element (an exponential too), a reduction 1 per element that it takes in beyond the first;
     moving, converting, comparing, choosing, integers and communication count 0. Of a
     conditional the costlier branch counts. Zeros that a convolution inserts between the elements
-    of its input (the gradient of a strided one does) are never counted.
+    of its input (the gradient of a strided one does) are never counted, nor is work that no result
+    needs.
 
     Args:
         fn: function of arrays; anything static must be closed over.
@@ -68,7 +70,9 @@ def count_flops(fn, *args, while_trips: int | None = None, count_padding: bool =
     """
     if while_trips is not None and while_trips < 0:
         raise ValueError(f"while_trips must be >= 0, got {while_trips}")
-    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs)
+    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs).jaxpr
+    # A compiler leaves out what no result needs, such as a decoder in an attack on the code.
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _of_jaxpr(jaxpr, Rules(while_trips, count_padding))
 
 

@@ -80,13 +80,20 @@ def bound_report(
         batch_size: images at a time.
 
     Raises:
-        ValueError: the model has no pre-processor or no head of its own.
+        ValueError: the model has no pre-processor or no head of its own, or its auto-encoder does
+            not normalise the code.
 
     Source: derived for this project; steps (1) to (3) of the CRoPD paper's claim, with constants.
     """
     config = defended.config
     if config.get("head") is None or config.get("preprocessor") is None:
         raise ValueError("defended must have a preprocessor and a head of its own")
+    if config["preprocessor"].get("latent_norm") is False:
+        raise ValueError(
+            "defended must have a preprocessor whose decoder sees the normalised code alone "
+            "(latent_norm=True), got latent_norm=False: the length of the code would pass by the "
+            "bound"
+        )
     taps = f"preprocessor.{code}", f"foundation.{config['tap']}"
     images = check_images(images)
     labels = np.asarray(check_labels(labels, len(images), config["head"]))

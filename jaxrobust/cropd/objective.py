@@ -58,8 +58,8 @@ def robust_autoencoder(
             is made: a plain auto-encoder.
         form: "reported", "info_nce" or "alignment".
         temperature: t > 0. Small ones push clean codes apart so hard that robustness is lost.
-        anchor_gradient: "both", or "adversarial" to hold the clean code still in the contrastive
-            term, as RoCL's code does.
+        anchor_gradient: "both", or "adversarial" to hold the clean code still in its similarity to
+            the attacked one, as RoCL's code does; the reported form's second term still trains it.
         eps_schedule: step -> factor on the attack's `eps`, as for `training.adversarial`.
 
     Returns:

@@ -25,7 +25,9 @@ class Fitted(NamedTuple):
         history: one dict per validation: epoch, score, and what else `validate` returned.
         best_epoch: epoch (from 1) of `variables`.
         epochs: how many epochs were trained.
-        seconds: wall time of all training, over all interruptions; compilation included.
+        seconds: wall time of all training, over all interruptions; compilation and validation
+            included.
+        validation_seconds: of these, what `validate` took.
     """
 
     state: TrainState
@@ -34,6 +36,7 @@ class Fitted(NamedTuple):
     best_epoch: int
     epochs: int
     seconds: float
+    validation_seconds: float = 0.0
 
 
 def fit(
@@ -112,7 +115,7 @@ def fit(
     best = jax.tree.map(np.asarray, variables) if validate else {}
     order = {"seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch}
     loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
-    loop["order"] = order
+    loop |= {"order": order, "validation_seconds": 0.0}
     found = checkpoint.restore(folder / "checkpoint", (state, best)) if saving else None
     if found is not None:
         _, (state, best), loop = found
@@ -167,7 +170,9 @@ def fit(
                 bar.set_postfix(loss=f"{float(metrics['loss']):.3f}")
             epoch, rest = divmod(position, per_epoch)
             if validate and not rest and (epoch % validate_every == 0 or position == total):
+                asked = time.monotonic()
                 scores = validate(state.variables(averaged=averaged))
+                loop["validation_seconds"] += time.monotonic() - asked
                 better = _record(loop, epoch, scores)
                 if better:
                     best = jax.tree.map(np.asarray, state.variables(averaged=averaged))
@@ -187,6 +192,7 @@ def fit(
         best_epoch=loop["best_epoch"] if validate else last,
         epochs=last,
         seconds=earlier + time.monotonic() - begun,
+        validation_seconds=loop["validation_seconds"],
     )
 
 
