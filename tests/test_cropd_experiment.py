@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -91,7 +92,8 @@ def test_each_attack_gains_on_its_own_aim_beyond_its_random_start(ours, near):
             distance = np.linalg.norm(np.asarray(apart).reshape(COUNT, -1), axis=1).mean()
             return -distance if name.endswith("matched") else distance
         target = ours if kind == "bpda" else near["none"]
-        return jr.losses.cross_entropy(target.model.apply(target.variables, x), TEST.labels).mean()
+        logits = target.model.apply(target.variables, x)
+        return jr.losses.cross_entropy(logits, jnp.asarray(TEST.labels)).mean()
 
     start = jr.linf_pgd(EPS, steps=1, step_size=0.0)
     for one, noise in zip(
