@@ -127,7 +127,7 @@ def test_the_way_around_has_the_defended_models_loss_and_the_bare_ones_gradient(
     parts["foundation"] = ours.variables
     same = models.join(**{name: models.part(of, name) for name, of in parts.items()})
     expected = jr.losses.cross_entropy(ours.model.apply(ours.variables, x), y)
-    np.testing.assert_allclose(around(x, ours.variables, same, y), expected, rtol=1e-5)
+    np.testing.assert_allclose(around(x, ours.variables, same, y), expected, rtol=1e-4)
     rebuilt = front(x, ours.variables)
     np.testing.assert_allclose(
         jax.grad(lambda x: around(x, ours.variables, own, y).sum())(x),
