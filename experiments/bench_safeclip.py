@@ -22,7 +22,7 @@ import numpy as np
 import jaxrobust as jr
 from experiments import common, timing
 from experiments.safeclip_settings import RESNET, SMALL, Tower
-from jaxrobust import data, losses, models, safeclip
+from jaxrobust import data, losses, safeclip
 
 NAME = "bench_safeclip"
 PLAIN, SEARCH = "clip", "search in both pools"
@@ -56,15 +56,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def clip_of(tower: Tower) -> models.Clip:
-    """The dual encoder of a tower's settings."""
-    return models.clip(
-        models.build(**tower.model), vocabulary=tower.vocabulary, dim=tower.dim,
-        projection=tower.projection, length=tower.length, width=tower.width, depth=tower.depth,
-        heads=tower.heads,
-    )  # fmt: skip
-
-
 def batch_of(tower: Tower, size: int, count: int) -> dict[str, np.ndarray]:
     """Noise with random captions and two views of each."""
     draw = np.random.default_rng(0)
@@ -77,7 +68,7 @@ def batch_of(tower: Tower, size: int, count: int) -> dict[str, np.ndarray]:
 
 def step_and_state(tower: Tower, size: int, pool: int, kind: str):
     """(step, create) of one kind of training step."""
-    clip, optimizer = clip_of(tower), safeclip.adamw()
+    clip, optimizer = tower.build(), safeclip.adamw()
     step = safeclip.training_step(clip, optimizer, kind, views=data.clip_views)
     create = partial(safeclip.create_state, clip, optimizer, shape=(size, size, 3), pool=pool)
     return step, create

@@ -32,7 +32,7 @@ from experiments.safeclip_settings import (
     Config,
     Method,
 )
-from jaxrobust import data, models, parallel, safeclip
+from jaxrobust import data, parallel, safeclip
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.safeclip import density, poisons, triggers
 from jaxrobust.safeclip.manifest import Manifest
@@ -54,11 +54,7 @@ def world_of(config: Config) -> World:
     tokenizer = data.bpe_tokenizer(
         parts["train"].captions, vocabulary=tower.vocabulary, length=tower.length
     )
-    clip = models.clip(
-        models.build(**tower.model), vocabulary=tokenizer.vocabulary, dim=tower.dim,
-        projection=tower.projection, length=tower.length, width=tower.width, depth=tower.depth,
-        heads=tower.heads,
-    )  # fmt: skip
+    clip = tower.build(tokenizer.vocabulary)
     towers = {name: jax.jit(getattr(clip, name)) for name in ("encode_image", "encode_text")}
     return World(**parts, tokenizer=tokenizer, clip=clip, **towers)
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxrobust import models
+
 # The attack by which settings are chosen: poisons that the defender plants.
 CANARIES = "canaries"
 NOTHING = "none"  # clean pairs: what a defence costs where nobody attacks
@@ -108,6 +110,14 @@ class Tower:
     width: int
     depth: int
     heads: int
+
+    def build(self, vocabulary: int | None = None) -> models.Clip:
+        """The dual encoder, for the number of tokens that a tokenizer came to have."""
+        return models.clip(
+            models.build(**self.model), vocabulary=vocabulary or self.vocabulary, dim=self.dim,
+            projection=self.projection, length=self.length, width=self.width, depth=self.depth,
+            heads=self.heads,
+        )  # fmt: skip
 
 
 SMALL = Tower(
