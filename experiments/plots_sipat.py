@@ -124,6 +124,20 @@ def verdict(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def above(record: dict, dataset: str, row: int) -> str:
+    """The settings that lie above every mixture of controls beyond doubt, in words."""
+    outcomes = outcomes_of(record, dataset)
+    controls = {name: found for name, found in outcomes.items() if is_control(name)}
+    if not controls:
+        return "not run"
+    found = [
+        name
+        for name in outcomes
+        if name not in controls and mixtures.margin(outcomes[name], controls, row).above
+    ]
+    return ", ".join(found) or "none"
+
+
 def points(interval: metrics.Interval) -> str:
     """+1.2 (0.4 to 2.0), in points of accuracy."""
     mean, low, high = (f"{100 * value:.1f}" for value in interval)
@@ -170,30 +184,32 @@ def frontier(path: Path) -> None:
     figure, axes = panels(2 * len(datasets))
     places = [(dataset, at) for dataset in datasets for at in (0, -1)]
     for axis, (dataset, at) in zip(axes, places, strict=True):
-        eps = record["config"]["problems"][dataset]["grid"][at]
-        for (where, method), cells in rows.items():
-            if where != dataset or method == "standard":
-                continue
-            colour, _ = kind_of(method)
-            x = 100 * np.array([cell["clean_accuracy"] for cell in cells])
-            y = 100 * np.array([cell[accuracy][at] for cell in cells])
-            axis.errorbar(
-                x.mean(), y.mean(), xerr=_error(x), yerr=_error(y), fmt="o", color=colour, ms=4
-            )
-            axis.annotate(method, (x.mean(), y.mean()), fontsize=5, alpha=0.8)
-        means = [
-            (
-                np.mean([c["clean_accuracy"] for c in cells]),
-                np.mean([c[accuracy][at] for c in cells]),
-            )
+        grid = record["config"]["problems"][dataset]["grid"]
+        found = {
+            method: 100 * np.array([[c["clean_accuracy"], c[accuracy][at]] for c in cells])
             for (where, method), cells in rows.items()
-            if where == dataset and is_control(method)
-        ]
-        reached = 100 * mixtures.boundary(*np.array(means).T)
+            if where == dataset and method != "standard"
+        }
+        means = {method: values.mean(0) for method, values in found.items()}
+        for method, values in found.items():
+            (x, y), (dx, dy) = means[method], map(_error, values.T)
+            axis.errorbar(x, y, xerr=dx, yerr=dy, fmt="o", color=kind_of(method)[0], ms=4)
+            if not any((other > means[method]).all() for other in means.values()):
+                axis.annotate(method, (x, y), fontsize=5, alpha=0.8, clip_on=True)
+        reached = mixtures.boundary(*np.array([means[m] for m in means if is_control(m)]).T)
         axis.plot(*reached.T, color="#555555", lw=0.8, ls="--")
-        axis.set(xlabel="clean accuracy, %", ylabel=f"PGD at {eps_text(eps)}, %", title=dataset)
+        low, high = reached[:, 1].min(), reached[:, 1].max()
+        span, best = high - low + 1, max(mean[1] for mean in means.values())
+        axis.set_ylim(low - 0.6 * span, max(best, high) + 0.2 * span)
+        axis.margins(x=0.15)
+        title = f"{dataset}: above all controls, {above(record, dataset, at % len(grid) + 1)}"
+        axis.set_title(title, fontsize=8)
+        axis.set(xlabel="clean accuracy, %", ylabel=f"PGD at {eps_text(grid[at])}, %")
         axis.grid(alpha=0.3)
     _legend(axes[-1])
+    figure.suptitle(
+        "Named is what nothing beats in both; what lies far below is cut off", fontsize=8
+    )
     _write(figure, path, "frontier")
 
 
