@@ -142,12 +142,13 @@ def test_baselines_use_all_pairs_in_every_epoch(method):
     assert found.trust.safe.all()
 
 
-def test_the_official_run_differs_from_the_fixed_one(whole):
+def test_the_fixed_run_ends_at_rate_zero_and_the_official_one_does_not(whole):
     settings = {k: v for k, v in SHORT.items() if k not in ("bounds",)}
     settings["slow_rate"] = 1e-3
     found = fit(safeclip.official(**settings), views=lambda keys, images: images)
     assert found.history[-1]["epoch"] == 6
-    assert np.abs(found.state.params["image"] - whole.state.params["image"]).max() > 1e-4
+    assert float(whole.state.extra.rate.value()) == pytest.approx(0, abs=1e-9)
+    assert float(found.state.extra.rate.value()) > 1e-5
 
 
 def plan(warmup):
