@@ -93,7 +93,8 @@ def cell(key: dict, config: Config, sets: dict, options) -> dict[str, Any]:
         model, variables = network(key, config, sets, options)
         images, labels = sets["test"].images, sets["test"].labels
         images, labels = images[: config.test_images], labels[: config.test_images]
-    mesh = common.mesh_for(options, config.batch_size)
+    # Every process evaluates on its own devices, to the same numbers.
+    mesh = jr.parallel.data_mesh(jax.local_devices()[: options.devices])
     placed = jr.parallel.create(lambda: jax.tree.map(jnp.asarray, variables), mesh)
     report = jr.evaluate(
         common.LogitsOf(model.apply),

@@ -153,7 +153,7 @@ def examples_of(problem: Problem, model, variables) -> tuple[np.ndarray, np.ndar
 def ours(model, variables, problem: Problem, attack: str, config: Config, options):
     """A function of a seed that gives the accuracy under our attack, compiled."""
     images, labels = examples_of(problem, model, variables)
-    mesh = common.mesh_for(options, config.batch_size)
+    mesh = jr.parallel.data_mesh(jax.local_devices()[: options.devices])
     placed = jr.parallel.create(lambda: jax.tree.map(jax.numpy.asarray, variables), mesh)
     suite = evaluation.suite("standard", problem.norm, problem.eps)
     suite["square"] = dataclasses.replace(suite["square"], queries=config.queries)

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxrobust import checkpoint, evaluation, parallel
 from jaxrobust.checkpoint import atomic_write
+from jaxrobust.files import temporary_beside
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -206,7 +207,7 @@ def kept(
 def once(path: Path, make: Callable[[Path], None]) -> None:
     """Calls `make(temporary)` and renames its file into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = temporary_beside(path)
     make(temporary)
     os.replace(temporary, path)
 

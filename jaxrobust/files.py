@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -33,6 +34,11 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
             os.unlink(temporary)
         raise
     sync_directory(path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same directory that no other process has, on this host or another."""
+    return path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
 
 
 def sync_directory(path: str | os.PathLike) -> None:

@@ -218,3 +218,23 @@ def test_an_empty_batch_comes_back_and_so_does_a_misclassified_one():
         assert attack(logits_fn, X[:0], LABELS[:0], KEY).shape == (0, 5, 4, 2)
         wrong = (LABELS[:3] + 1) % 5
         np.testing.assert_array_equal(attack(logits_fn, X[:3], wrong, KEY), X[:3])
+
+
+@pytest.mark.parametrize("draws", [0, 4])
+def test_a_random_classifier_is_asked_anew_in_every_iteration(monkeypatch, draws):
+    """Else a hundred steps would climb the same few draws."""
+    search = attacks.apgd_ce("linf", 0.03, steps=10, draws=draws).search(5)
+    rows = scheduler.Rows(
+        X, LABELS, TARGETS, jnp.ones((BATCH, 1, 1, 1)), jax.random.split(KEY, BATCH), None
+    )
+    asked, original = [], classifier.evaluate
+
+    def evaluate(logits_fn, loss, x, rows, args, draws):
+        asked.append(np.asarray(jax.random.key_data(rows.keys)))
+        return original(logits_fn, loss, x, rows, args)
+
+    monkeypatch.setattr(classifier, "evaluate", evaluate)
+    state = search.begin(rows)
+    for _ in range(2):
+        state = search.advance(logits_fn, state, rows, ())
+    assert (asked[0] == asked[1]).all() == (not draws)

@@ -29,7 +29,15 @@ GRADIENT_ATTACKS = {
     "l2": attacks.l2_pgd(0.4, 2),
     "l1": attacks.l1_pgd(0.4, 2, loop="fused"),
     "n_fgsm": attacks.n_fgsm(0.1),
+    "apgd": attacks.apgd("linf", 0.2, steps=2),
     "restarts": attacks.restarts(attacks.linf_pgd(0.1, 1), 2),
+}
+
+
+CLASSIFIER_ATTACKS = {
+    "apgd_t": attacks.apgd_t("l2", 0.4, steps=2, targets=2),
+    "fab": attacks.fab("linf", 0.2, steps=2),
+    "square": attacks.square("linf", 0.2, queries=3),
 }
 
 
@@ -38,6 +46,8 @@ def run_all(x, weights, labels, keys):
         name: attack(loss_fn, x, keys, args=(weights, labels))
         for name, attack in GRADIENT_ATTACKS.items()
     }
+    for name, attack in CLASSIFIER_ATTACKS.items():
+        results[name] = attack(logits_fn, x, labels, keys, args=(weights,))
     driven = attacks.multi_targeted(attacks.linf_pgd(0.1, 1), 2)
     results["multi_targeted"] = driven(logits_fn, x, labels, keys, args=(weights,))
     return results

@@ -41,7 +41,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def whole():
-    """With every third label wrong, so that some are misclassified as they are."""
+    """With every eighth label wrong, so that some are misclassified as they are."""
     labels = jnp.where(jnp.arange(BATCH) % 8 == 0, (LABELS + 1) % 5, LABELS)
     return labels, run(labels=labels)
 

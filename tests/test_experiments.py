@@ -67,7 +67,7 @@ def test_a_run_killed_ten_times_ends_like_an_unbroken_one(tmp_path):
     name = "adversarial_training-smoke.json"
     assert without_times(tmp_path / "whole" / name) == without_times(tmp_path / "again" / name)
 
-    draw = random.Random(0)
+    draw, killed, inside = random.Random(0), 0, 0
     for _ in range(10):
         run = start(tmp_path / "killed")
         try:
@@ -75,6 +75,12 @@ def test_a_run_killed_ten_times_ends_like_an_unbroken_one(tmp_path):
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
             run.communicate()
+            killed += 1
+            cells = [path.parent for path in (tmp_path / "killed").rglob("checkpoint")]
+            inside += any(not (cell / "weights.safetensors").exists() for cell in cells)
+    # What was done stays done, so the last lives may come to their end.
+    assert killed >= 2
+    assert inside
     last = start(tmp_path / "killed")
     output, _ = last.communicate(timeout=600)
     assert last.returncode == 0, output

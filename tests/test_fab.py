@@ -86,6 +86,8 @@ def test_bad_settings_are_named():
         attacks.fab_t("linf", targets=0)
     with pytest.raises(ValueError, match="restarts must be a whole number >= 1, got 0"):
         attacks.fab("linf", restarts=0)
+    with pytest.raises(ValueError, match=r"restarts must be 1 without eps, .* got 5"):
+        attacks.fab("linf", restarts=5)
     with pytest.raises(ValueError, match="eps must be >= 0, got -1"):
         attacks.fab("linf", -1.0)
 

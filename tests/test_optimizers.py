@@ -50,6 +50,11 @@ def test_bad_schedules_are_refused(arguments, message):
         learning_rate(*arguments)
 
 
+def test_boundaries_are_shares_of_the_run_and_no_epochs():
+    with pytest.raises(ValueError, match=r"shares of the run in \(0, 1\], got \(100, 150\)"):
+        learning_rate("piecewise", 0.1, 1000, boundaries=(100, 150))
+
+
 @pytest.mark.parametrize("warmup", [-0.1, 1.0])
 def test_a_warm_up_is_a_share_of_the_run(warmup):
     with pytest.raises(ValueError, match=r"warmup in \[0, 1\)"):

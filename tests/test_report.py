@@ -176,6 +176,9 @@ def test_corruptions_are_told_and_drawn_beside_the_attacks(found, tmp_path):
         ({"threats": {"patch": "5x5"}}, "threats must hold radii by norm or attacks"),
         ({"threats": {}}, "threats must name"),
         ({"threats": {"l3": 0.1}}, "norm must be one of"),
+        ({"threats": {"linf": 0.0}}, r"threats\[.linf.\] must be > 0, got 0"),
+        ({"card_images": 0}, "card_images must be a whole number >= 1"),
+        ({"curve_images": 0}, "curve_images must be a whole number >= 1"),
         ({"suite": "rand"}, "suite must be"),
         ({"key": jnp.zeros(2, jnp.uint32)}, "key must be typed"),
     ],
@@ -185,3 +188,30 @@ def test_bad_settings_are_named(change, message):
         jr.evaluate(
             logits_fn, X, LABELS, **{"threats": THREATS, "key": jax.random.key(0), **change}
         )
+
+
+def test_images_of_another_box_are_evaluated_to_the_end():
+    half = lambda x: logits_fn((x + 1) / 2)  # noqa: E731
+    one = {"linf": 0.06}
+    settings = {"suite": short, "key": KEY, "batch_size": 32, "progress": False}
+    scaled = jr.evaluate(half, 2 * X - 1, LABELLED, threats=one, bounds=(-1.0, 1.0), **settings)
+    assert len(scaled.threats["linf"].curve["accuracy"]) > 1
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\], got values from -"):
+        evaluation.correct(lambda _, x: half(x), {}, 2 * X - 1, LABELLED)
+
+
+def test_square_before_a_white_box_attack_gives_no_verdict_on_white_box_attacks():
+    def reordered(norm, eps, bounds):
+        suite = small_suite(eps, norm, bounds)
+        assert list(suite)[-1] == "square"
+        return {"square": suite.pop("square"), **suite}
+
+    settings = {"key": KEY, "batch_size": 32, "progress": False, "card_images": 32}
+    report = jr.evaluate(
+        logits_fn, X, LABELLED, threats={"linf": 0.03}, suite=reordered, **settings
+    )
+    names = {check.name: check for check in report.threats["linf"].checks}
+    # Square broke images that the gradient attacks, coming later, would have broken too.
+    broken = (report.threats["linf"].broken_by == "square").sum()
+    assert broken > 0
+    assert names["black box"].figure < broken / BATCH

@@ -204,9 +204,12 @@ class Search:
         )
 
     def advance(self, logits_fn, state, rows, args):
-        """One gradient, one step."""
+        """One gradient, one step; of a random model new draws every time."""
+        asked = rows
+        if self.draws:
+            asked = rows._replace(keys=jax.vmap(jax.random.fold_in)(rows.keys, state.i))
         loss, wrong, grad = classifier.evaluate(
-            logits_fn, self.loss, rows.x + state.delta, rows, args, self.draws
+            logits_fn, self.loss, rows.x + state.delta, asked, args, self.draws
         )
         return apgd_step.advance(
             state, loss, wrong, grad, rows.x, rows.eps, bounds=self.bounds, norm=self.norm,

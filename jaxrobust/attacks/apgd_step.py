@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxrobust import balls, bisection
-from jaxrobust.attacks import box
+from jaxrobust.attacks import box, inputs
 from jaxrobust.attacks.value import Number
 
 # Share of the iterations: up to the first checkpoint, by how much the gaps shrink, the least gap.
@@ -124,9 +124,10 @@ def begin(
     support = jnp.count_nonzero(delta, tuple(range(1, delta.ndim))).astype(base.dtype)
     plain = norm != "l1" or not large_radii
     rank = (1,) * (base.ndim - 1)
-    zeros, numbers = jnp.zeros_like(base), jnp.zeros(batch, base.dtype)
+    each = functools.partial(inputs.per_example, base)
+    zeros, numbers = jnp.zeros_like(base), each(0)
     return State(
-        i=jnp.zeros(batch, jnp.int32),
+        i=each(0, jnp.int32),
         delta=delta,
         before=delta,
         best=delta,
@@ -135,11 +136,11 @@ def begin(
         last_loss=numbers,
         rises=numbers,
         checked_loss=numbers,
-        halved=jnp.ones(batch, bool),
-        step=jnp.full((batch, *rank), _first_step(norm), base.dtype),
-        share=jnp.full(batch, _L1_PIXELS, base.dtype) if plain else support / pixels / _L1_SHRINK,
-        support=jnp.full(batch, pixels, base.dtype) if plain else support,
-        fooled=jnp.zeros(batch, bool),
+        halved=each(True, bool),
+        step=each(_first_step(norm)).reshape(batch, *rank),
+        share=each(_L1_PIXELS) if plain else support / pixels / _L1_SHRINK,
+        support=each(pixels) if plain else support,
+        fooled=each(False, bool),
         found=zeros,
         found_loss=numbers,
     )

@@ -79,7 +79,7 @@ def evaluate(
         grad, (values, wrong) = gradient(x, inputs.fold(rows.keys, i))
         return jax.tree.map(jnp.add, sums, (values, wrong.astype(x.dtype), grad))
 
-    none = jnp.zeros(x.shape[0], x.dtype)
+    none = inputs.per_example(x, 0)
     values, wrong, grad = jax.lax.fori_loop(0, draws, add, (none, none, jnp.zeros_like(x)))
     return values / draws, wrong > draws / 2, _finite(grad / draws)
 
@@ -220,6 +220,6 @@ def _traced(search, logits_fn, x, labels, targets, eps, keys, args):
         wide = better.reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(better, length, size), jnp.where(wide, x_hit, x_adv)
 
-    found = (jnp.full(len(x), jnp.inf), x)
+    found = (inputs.per_example(x, jnp.inf), x)
     size, x_adv = jax.lax.fori_loop(0, search.rounds, one_round, found)
     return jnp.isfinite(size), x_adv

@@ -132,10 +132,10 @@ class Search:
         again = (rows.rounds >= self.targets) & jnp.isfinite(rows.eps.reshape(batch))
         again = again.reshape(-1, *(1,) * (len(shape) - 1))
         return State(
-            i=jnp.zeros(batch, jnp.int32),
+            i=inputs.per_example(rows.x, 0, jnp.int32),
             delta=jnp.where(again, moved, 0),
-            best=jnp.zeros(shape),
-            size=jnp.full(batch, jnp.inf),
+            best=jnp.zeros_like(rows.x),
+            size=inputs.per_example(rows.x, jnp.inf),
         )
 
     def advance(self, logits_fn, state, rows, args):
@@ -264,6 +264,10 @@ def _fab(norm, eps, steps, targets, restarts, bounds, loop):
     inputs.check_steps(steps)
     if not isinstance(restarts, int) or restarts < 1:
         raise ValueError(f"restarts must be a whole number >= 1, got {restarts!r}")
+    if eps is None and restarts > 1:
+        raise ValueError(
+            f"restarts must be 1 without eps, whose half is where others begin, got {restarts}"
+        )
     if bounds is None:
         raise ValueError("FAB needs bounds: it projects on the box")
     inputs.check_loop(loop)

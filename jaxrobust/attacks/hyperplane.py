@@ -65,5 +65,5 @@ def _root(slope, unit, room, need):
         climbs = longer > t
         return jnp.where(climbs, longer, t), climbs.any(), count + 1
 
-    start = (jnp.zeros_like(need), jnp.asarray(True), 0)
+    start = (jnp.zeros_like(need), jnp.ones_like(need, bool).any(), 0)
     return jax.lax.while_loop(lambda c: c[1] & (c[2] < _MOST_SWEEPS), sweep, start)[0]

@@ -15,6 +15,15 @@ _ULP = 1e-6
 ANYWHERE = (-math.inf, math.inf)
 
 
+def per_example(x: Array, value: float | int | bool, dtype: Any = None) -> Array:
+    """[b] equal values for the images x [b, ...].
+
+    Made of the images, not of their number: inside `shard_map` they vary over the devices alike, as
+    what a loop carries must.
+    """
+    return jnp.full_like(x.reshape(len(x), -1)[:, 0], value, dtype)
+
+
 def check_number(name: str, value: Any, *, low: int | float, strict: bool = False) -> None:
     """Refuses a concrete number, or array of numbers, below `low` (or at it, if `strict`).
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxrobust import balls, losses
+from jaxrobust import balls, losses, metrics
 from jaxrobust.attacks import classifier, inputs, scheduler
 from jaxrobust.attacks.value import Number, attack_value
 
@@ -120,21 +120,25 @@ class Search:
 
     def begin(self, rows: scheduler.Rows) -> State:
         """Vertical stripes in linf, a grid of tiles else."""
-        batch, shape = rows.x.shape[0], rows.x.shape[1:]
+        shape = rows.x.shape[1:]
         start = _stripes if self.norm == "linf" else functools.partial(_tiles, self.norm)
         delta = jax.vmap(lambda key: start(jax.random.fold_in(key, 0), shape))(rows.keys)
         return State(
-            i=jnp.zeros(batch, jnp.int32),
+            i=inputs.per_example(rows.x, 0, jnp.int32),
             delta=self._inside(delta * rows.eps if self.norm == "linf" else delta, rows),
-            margin=jnp.full(batch, jnp.inf),
+            margin=inputs.per_example(rows.x, jnp.inf),
         )
 
     def advance(self, logits_fn, state, rows, args):
         """One query per example."""
         wide = lambda a: a.reshape(-1, *(1,) * (rows.x.ndim - 1))  # noqa: E731
         proposal = jnp.where(wide(state.i == 0), state.delta, self._proposal(state, rows))
-        margin = -losses.margin(logits_fn(rows.x + proposal, *args), rows.labels)
-        margin = jnp.where(jnp.isnan(margin), -jnp.inf, margin)  # no answer is a wrong one
+        logits = logits_fn(rows.x + proposal, *args)
+        margin = -losses.margin(logits, rows.labels)
+        # A tie may be either; no answer is a wrong one.
+        wrong, least = metrics.misclassified(logits, rows.labels), jnp.finfo(margin.dtype).tiny
+        margin = jnp.where(wrong, jnp.minimum(margin, 0), jnp.maximum(margin, least))
+        margin = jnp.where(jnp.isnan(margin), -jnp.inf, margin)
         active = (state.i <= self.queries) & (state.margin > 0)
         better = active & ((margin < state.margin) | (margin <= 0))
         return State(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from jaxrobust import losses
 from jaxrobust.attacks.inputs import check_number
 from jaxrobust.training import Context, Objective
-from jaxrobust.training.objectives import Schedule, scaled_attack
+from jaxrobust.training.objectives import Schedule, check_scalable, scaled_attack
 
 FORMS = ("reported", "info_nce", "alignment")
 ANCHOR_GRADIENTS = ("both", "adversarial")
@@ -75,6 +75,7 @@ def robust_autoencoder(
     """
     weights = Weights() if weights is None else weights
     _check(attack, weights, form, temperature, anchor_gradient)
+    check_scalable(attack, eps_schedule)
     terms = _Terms(weights, form, temperature, anchor_gradient)
     if not any(weights[1:]):
         return Objective(lambda context, images, labels: (images, context.extra, {}), terms.plain)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,21 +44,28 @@ class Dataset(NamedTuple):
         )
 
 
-def check_images(images: Any) -> np.ndarray:
-    """Images as an array, or an error where they are not n >= 1 float images in [0, 1].
+def check_images(images: Any, bounds: tuple[float, float] | None = (0.0, 1.0)) -> np.ndarray:
+    """Images as an array, or an error where they are not n >= 1 float images in their box.
+
+    Args:
+        images: [n, h, w, c].
+        bounds: the box; None for none.
 
     Raises:
         TypeError: not floating point.
-        ValueError: not [n, h, w, c], none, a NaN, or values outside [0, 1] by more than rounding.
+        ValueError: not [n, h, w, c], none, a NaN, or values outside the box by more than rounding.
     """
     images = np.asarray(images)
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
     if not np.issubdtype(images.dtype, np.floating):
         raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
+    least, most = (-np.inf, np.inf) if bounds is None else bounds
     low, high = float(images.min()), float(images.max())
-    if not (low >= -1e-6 and high <= 1 + 1e-6):
-        raise ValueError(f"images must lie in [0, 1], got values from {low:g} to {high:g}")
+    if not (low >= least - 1e-6 and high <= most + 1e-6):
+        raise ValueError(
+            f"images must lie in [{least:g}, {most:g}], got values from {low:g} to {high:g}"
+        )
     return images
 
 
@@ -277,8 +283,10 @@ def to_memory(source: Source, workers: int = 4) -> Dataset:
     Raises:
         ValueError: the arrays would take more than `MAX_EAGER_BYTES`.
     """
-    shape = source[0]["image"].shape
-    needed = 4 * len(source) * math.prod(shape)
+    first = source[0]
+    shape = first["image"].shape
+    pixels = first["image"].size + (first["salience"].size if "salience" in first else 0)
+    needed = 4 * len(source) * pixels
     if needed > MAX_EAGER_BYTES:
         raise ValueError(
             f"{len(source)} images of {shape} take {needed / 1024**3:.1f} GiB as float32, more "

@@ -7,6 +7,8 @@ from pathlib import Path
 from jaxrobust.data.dataset import Dataset, Record, Source, to_memory
 from jaxrobust.data.packages import require
 
+# What the folders of splits are called: a tree that has one is no single class-per-folder set.
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -18,6 +20,12 @@ def _split_root(path: Path, split: str) -> Path:
     if (path / split).is_dir():
         return path / split
     if split == "train":
+        named = sorted(child.name for child in path.iterdir() if child.name.lower() in _SPLITS)
+        if named:
+            raise ValueError(
+                f"split 'train' must be a folder {path / split} where there are others: {named} "
+                "would be taken for classes"
+            )
         return path
     raise ValueError(f"unknown split {split!r} of {path}: there is no folder {path / split}")
 

@@ -56,9 +56,11 @@ def _consume(iterator: Iterable[Any], put: Callable[[Any], Any], size: int) -> I
         except BaseException as error:  # raised again by the consumer
             last = _Failed(error)
         finally:
-            if hasattr(iterator, "close"):
-                iterator.close()
-            ready.put(last)
+            try:
+                if hasattr(iterator, "close"):
+                    iterator.close()
+            finally:  # the consumer waits for it, whatever happens
+                ready.put(last)
 
     thread = threading.Thread(target=produce, name="jaxrobust-prefetch", daemon=True)
     thread.start()

@@ -28,6 +28,7 @@ def correct(
     batch_size: int = 250,
     mesh: Mesh | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
     progress: str | None = None,
 ) -> np.ndarray:
     """Which examples are classified rightly, clean or under an attack.
@@ -44,6 +45,7 @@ def correct(
             filled up, so that nothing recompiles.
         mesh: spreads each batch over devices; one device by default.
         loss: (logits, labels) -> [b], what the attack raises.
+        bounds: the box in which the images are to lie; the attack has its own.
         progress: text of a progress bar, or None for none.
 
     Returns:
@@ -52,7 +54,7 @@ def correct(
     Raises:
         TypeError, ValueError: images, labels or key are not of the form above.
     """
-    images, labels = _checked(apply, variables, images, labels)
+    images, labels = _checked(apply, variables, images, labels, bounds)
     if attack is not None and key is None:
         raise ValueError("key must be a typed key when an attack is given, got None")
     count = len(labels)
@@ -83,6 +85,7 @@ def accuracy_curve(
     *,
     key: jax.Array,
     batch_size: int = 250,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
     progress: str | None = None,
 ) -> np.ndarray:
     """Which examples survive at each radius: one compilation, the radii one after another.
@@ -99,6 +102,7 @@ def accuracy_curve(
         eps: the radii, rising; at 0 no attack is run.
         key: one typed key; example i draws from fold_in(key, i) at every radius.
         batch_size: examples at a time; the last batch of a radius is filled up.
+        bounds: the box in which the images are to lie; the attack has its own.
         progress: text of a progress bar, or None for none.
 
     Returns:
@@ -108,7 +112,7 @@ def accuracy_curve(
         TypeError, ValueError: images, labels or key are not of the form above; eps is empty,
             negative or does not rise.
     """
-    images, labels = _checked(apply, variables, images, labels)
+    images, labels = _checked(apply, variables, images, labels, bounds)
     if list(eps) != sorted(eps):
         raise ValueError(f"eps must rise, got {list(eps)}")
     if not len(eps) or min(eps) < 0:
@@ -116,7 +120,7 @@ def accuracy_curve(
     count = len(labels)
     batch_size = _batch_size(batch_size, count, 1)
     keys = example_keys(key, count)
-    standing = correct(apply, variables, images, labels, batch_size=batch_size)
+    standing = correct(apply, variables, images, labels, batch_size=batch_size, bounds=bounds)
     curve = np.zeros((len(eps), count), bool)
     whole = len(eps) * count
     with tqdm(total=whole, desc=progress, unit="image", disable=progress is None) as bar:
@@ -182,8 +186,8 @@ def _batch_size(wanted, count, devices):
     return -(-min(wanted, count) // devices) * devices
 
 
-def _checked(apply, variables, images, labels):
-    images = check_images(images)
+def _checked(apply, variables, images, labels, bounds):
+    images = check_images(images, bounds)
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     classes = jax.eval_shape(apply, variables, one).shape[-1]
     return images, np.asarray(check_labels(labels, len(images), classes))

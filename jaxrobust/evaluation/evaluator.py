@@ -85,6 +85,8 @@ def evaluate(
         raise ValueError(f"suite must be 'standard', 'plus' or a function, got {suite!r}")
     inputs.example_keys(key, 1)
     _check_threats(threats)
+    for name, count in (("curve_images", curve_images), ("card_images", card_images)):
+        inputs.check_steps(count, name)
     check_corruptions(corruptions, images, bounds)
     folder = None if out is None else Path(out)
     subject = _Subject(
@@ -127,6 +129,7 @@ def _check_threats(threats):
     for name, threat in threats.items():
         if isinstance(threat, numbers.Real):
             balls.ball(name)
+            inputs.check_number(f"threats[{name!r}]", threat, low=0, strict=True)
         elif not hasattr(threat, "search"):
             raise ValueError(
                 f"threats must hold radii by norm or attacks on a classifier, got {threat!r} for "
@@ -221,22 +224,25 @@ class _Subject(NamedTuple):
         apply = AsApply(self.logits_fn)
         held = accuracy_curve(
             apply, self.args, self.images[rows], self.labels[rows], attack, radii, key=key,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size, bounds=self.bounds,
         )  # fmt: skip
         return {"eps": radii, "accuracy": held.mean(1).tolist()}
 
     def _card(self, norm, eps, key, chosen, result):
-        """The report card; Square's verdict is on all images if the suite has it."""
+        """The report card; Square's verdict is on all images if it is the suite's last attack."""
         squares = [name for name, attack in chosen.items() if isinstance(attack, attacks.Square)]
+        # What Square broke before a white-box attack came to it says nothing of white-box attacks:
+        # then the card makes its own.
+        is_last = list(chosen)[len(chosen) - len(squares) :] == squares
         by_queries = np.isin(result.broken_by, squares)
         rows = slice(0, self.card_images)
         card = report_card(
             self.logits_fn, self.images[rows], self.labels[rows], eps=eps, norm=norm, key=key,
             args=self.args, bounds=self.bounds, batch_size=self.batch_size,
-            white_box=(result.robust | by_queries)[rows],
-            black_box=result.robust[rows] if squares else None,
+            white_box=(result.robust | by_queries)[rows] if is_last else None,
+            black_box=result.robust[rows] if squares and is_last else None,
         )  # fmt: skip
-        if not squares:
+        if not squares or not is_last:
             return card
         on_all = checks.black_box(by_queries)
         return tuple(on_all if check.name == on_all.name else check for check in card)

@@ -1,5 +1,8 @@
 """The training loop: batches in, state out; resumable at any step, stoppable at any moment."""
 
+import contextlib
+import hashlib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,8 +79,8 @@ def fit(
         seed: of the data order.
         mesh: devices; all by default.
         mapping: "shard_map", "pmap" or "jit".
-        validate: variables -> dict of numbers with "score", the larger the better. With it, the
-            variables of the best score are kept.
+        validate: variables -> dict of numbers with "score", the larger the better and no NaN. With
+            it, the variables of the best score are kept.
         validate_every: epochs between validations.
         patience: stop after so many validations without a better score, >= 1; None never stops.
         averaged: validate and return the moving average of the weights.
@@ -92,8 +95,8 @@ def fit(
 
     Raises:
         ValueError: a number out of its range, before anything is compiled.
-        CheckpointError: `directory` holds a damaged checkpoint, or that of another model, seed or
-            batch size.
+        CheckpointError: `directory` holds a damaged checkpoint, or that of another model, seed,
+            batch size or data set.
     """
     counts = {"epochs": epochs, "validate_every": validate_every, "log_every": log_every}
     _check_counts(**counts, patience=patience, save_steps=save_steps)
@@ -113,7 +116,10 @@ def fit(
     folder = Path(directory or ".")
     variables = state.variables(averaged=averaged)
     best = jax.tree.map(np.asarray, variables) if validate else {}
-    order = {"seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch}
+    order = {
+        "seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch,
+        "data": _identity(dataset),
+    }  # fmt: skip
     loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
     loop |= {"order": order, "validation_seconds": 0.0}
     found = checkpoint.restore(folder / "checkpoint", (state, best)) if saving else None
@@ -160,7 +166,7 @@ def fit(
         total=total, initial=position, desc=label, unit="step", disable=not (progress and first)
     )
     stopped = patience is not None and loop["waited"] >= patience
-    with logger as log, bar:
+    with contextlib.closing(ahead), logger as log, bar:
         while position < total and not stopped:
             state, metrics = run(state, next(ahead))
             position += 1
@@ -181,7 +187,6 @@ def fit(
                 save()
                 saved = time.monotonic()
         jax.block_until_ready(state)
-    ahead.close()
     if saving and checkpoint.latest_step(folder / "checkpoint") != position:
         save()
     last = epochs if position == total else position // per_epoch
@@ -196,6 +201,15 @@ def fit(
     )
 
 
+def _identity(dataset: data.Dataset | data.Source) -> str:
+    """Which examples are trained on, in which order; of those on disk only how many."""
+    if isinstance(dataset, data.Source):
+        return f"{len(dataset)} on disk"
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.indices))
+    digest.update(np.ascontiguousarray(dataset.labels))
+    return f"{len(dataset.labels)} {digest.hexdigest()[:16]}"
+
+
 def _check_counts(**counts):
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -205,6 +219,9 @@ def _check_counts(**counts):
 def _record(loop, epoch, scores):
     """Notes a validation; True when it is the best so far."""
     scores = {name: float(value) for name, value in scores.items()}
+    # No later score would be better than a NaN.
+    if math.isnan(scores.get("score", math.nan)):
+        raise ValueError(f"validate must return a number under 'score', got {scores}")
     loop["history"] = [*loop["history"], {"epoch": epoch, **scores}]
     better = loop["best_score"] is None or scores["score"] > loop["best_score"]
     if better:

@@ -83,8 +83,12 @@ def adversarial(
             such as `optax.linear_schedule(0, 1, 1000)`: large radii may need a warm-up.
         label_smoothing: of the training loss, in [0, 1).
 
+    Raises:
+        ValueError: a schedule for an attack without an eps of its own.
+
     Source: Madry et al. 2018, eq. 2.1.
     """
+    check_scalable(attack, eps_schedule)
 
     def perturb(context, images, labels):
         x_adv = _attacked(attack, eps_schedule, context, images, labels)
@@ -107,6 +111,7 @@ def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = No
     Source: Zhang et al. 2019, eq. 5 and algorithm 1.
     """
     check_number("beta", beta, low=0)
+    check_scalable(attack, eps_schedule)
 
     def perturb(context, images, labels):
         scaled = scaled_attack(attack, eps_schedule, context.step)
@@ -135,6 +140,7 @@ def mart(attack: Any, beta: float = 5.0, *, eps_schedule: Schedule | None = None
     Source: Wang et al. 2020, eq. 11.
     """
     check_number("beta", beta, low=0)
+    check_scalable(attack, eps_schedule)
 
     def perturb(context, images, labels):
         x_adv = _attacked(attack, eps_schedule, context, images, labels)
@@ -181,6 +187,8 @@ def guarded_n_fgsm(
             raise ValueError(f"{name} must be >= 1, got {value}")
     if not 0 < gap < 1:
         raise ValueError(f"gap must be in (0, 1), got {gap}")
+    for one in (attack, guard):
+        check_scalable(one, eps_schedule)
 
     def perturb(context, images, labels):
         step, until = context.step, context.extra["rescue_until"]
@@ -269,7 +277,13 @@ def scaled_attack(attack: Any, eps_schedule: Schedule | None, step: Array) -> An
     if eps_schedule is None:
         return attack
     factor = eps_schedule(step)
-    fields = {"eps": attack.eps * factor}
-    if attack.step_size is not None:
-        fields["step_size"] = attack.step_size * factor
+    scaled = ("eps", "step_size")
+    fields = {name: getattr(attack, name, None) for name in scaled}
+    fields = {name: value * factor for name, value in fields.items() if value is not None}
     return dataclasses.replace(attack, **fields)
+
+
+def check_scalable(attack: Any, eps_schedule: Schedule | None) -> None:
+    """Refuses a schedule of eps for an attack that has none, such as one made of others."""
+    if eps_schedule is not None and getattr(attack, "eps", None) is None:
+        raise ValueError(f"eps_schedule needs an attack with an eps of its own, got {attack}")

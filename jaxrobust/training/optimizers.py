@@ -24,7 +24,7 @@ def learning_rate(
         peak: the largest rate, > 0.
         steps: training steps of the whole run, >= 1.
         warmup: share of the run in [0, 1) over which the rate first rises from 0, linearly.
-        boundaries: shares of the run, for "piecewise": TRADES and AWP use 0.5 and 0.75.
+        boundaries: shares of the run in (0, 1], for "piecewise": Rice et al. 2020 use 0.5 and 0.75.
         factor: for "piecewise".
 
     Returns:
@@ -40,6 +40,8 @@ def learning_rate(
             "learning_rate needs peak > 0, steps >= 1 and warmup in [0, 1), "
             f"got {peak}, {steps} and {warmup}"
         )
+    if not all(0 < share <= 1 for share in boundaries):
+        raise ValueError(f"boundaries must be shares of the run in (0, 1], got {boundaries}")
     rising = round(warmup * steps)
     left = max(steps - rising, 1)
     if name == "constant":

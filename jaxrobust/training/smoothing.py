@@ -15,7 +15,13 @@ from jaxtyping import Array, Float
 from jaxrobust import losses, smoothing
 from jaxrobust.attacks.inputs import check_number, fold
 from jaxrobust.smoothing.sampling import check_count
-from jaxrobust.training.objectives import Objective, Schedule, accuracy_of, scaled_attack
+from jaxrobust.training.objectives import (
+    Objective,
+    Schedule,
+    accuracy_of,
+    check_scalable,
+    scaled_attack,
+)
 
 # The two uses of an example's key.
 _NOISE, _ATTACK = 0, 1
@@ -102,6 +108,7 @@ def smooth_adv(
     classifiers), eq. 6 and algorithm SmoothAdv-ersarial training.
     """
     _check(sigma, samples)
+    check_scalable(attack, eps_schedule)
 
     def perturb(context, images, labels):
         drawn = _noise(context, images, sigma, samples)
