@@ -1,7 +1,7 @@
 """Every check of the gradient-masking report card on planted defences and on honest networks.
 
-    python -m experiments.masking_plants                   # 12 networks, 60 plants
-    python -m experiments.masking_plants --preset quick    # 4 networks, 31 plants
+    python -m experiments.masking_plants                   # 12 networks, 64 plants
+    python -m experiments.masking_plants --preset quick    # 4 networks, 32 plants
     python -m experiments.masking_plants --preset smoke    # 1 network, 3 plants
 
 The limits in `jaxrobust/evaluation/checks.py` are set on what this prints. The tests plant others:
