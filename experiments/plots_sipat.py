@@ -199,7 +199,7 @@ def frontier(path: Path) -> None:
         reached = mixtures.boundary(*np.array([means[m] for m in means if is_control(m)]).T)
         axis.plot(*reached.T, color="#555555", lw=0.8, ls="--")
         low, high = reached[:, 1].min(), reached[:, 1].max()
-        span, best = high - low + 1, max(mean[1] for mean in means.values())
+        span, best = max(high - low, 3), max(mean[1] for mean in means.values())
         axis.set_ylim(low - 0.6 * span, max(best, high) + 0.2 * span)
         axis.margins(x=0.15)
         title = f"{dataset}: above all controls, {above(record, dataset, at % len(grid) + 1)}"
