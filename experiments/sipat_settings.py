@@ -134,9 +134,10 @@ class Config:
     test_images: int = 1000
     pgd_steps: int = 50
     suite_images: int = 200
-    # Rows that the suite judges: the frontier's ends and every control.
+    # Rows that the suite judges: the frontier's ends and their controls.
     suite: tuple[str, ...] = (
         "at", "at_eps_67", "sip_gradient_20", "random_20", "least_20", "inverted_20", "sip_human",
+        "sip_falling_50", "random_falling_50",
     )  # fmt: skip
 
 
