@@ -51,8 +51,8 @@ def test_bad_schedules_are_refused(arguments, message):
 
 
 def test_boundaries_are_shares_of_the_run_and_no_epochs():
-    with pytest.raises(ValueError, match=r"shares of the run in \(0, 1\], got \(100, 150\)"):
-        learning_rate("piecewise", 0.1, 1000, boundaries=(100, 150))
+    with pytest.raises(ValueError, match=r"shares of the run in \(0, 1\], got \(100\.0, 150\.0\)"):
+        learning_rate("piecewise", 0.1, 1000, boundaries=(100.0, 150.0))
 
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.0])
