@@ -110,3 +110,9 @@ def test_bad_folders_are_refused(tmp_path, folder):
     (folder / "train" / "bee").mkdir()
     with pytest.raises(ValueError, match=r"class folder .*bee holds no images"):
         load_folder(folder)
+
+
+def test_a_folder_of_other_splits_is_not_taken_for_classes(folder):
+    (folder / "train").rename(folder / "training")
+    with pytest.raises(ValueError, match=r"'training'.* would be taken for classes"):
+        load(f"folder:{folder}", "train")

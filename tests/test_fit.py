@@ -228,6 +228,12 @@ def scripted(scores):
     return lambda variables: {"score": remaining.pop(0)}
 
 
+@pytest.mark.parametrize("scores", [{"score": float("nan")}, {"accuracy": 0.5}])
+def test_a_validation_without_a_number_is_refused(scores):
+    with pytest.raises(ValueError, match="validate must return a number under 'score'"):
+        train(validate=lambda variables: scores)
+
+
 def test_patience_stops_and_the_best_variables_come_back(tmp_path):
     seen = []
 
@@ -295,6 +301,7 @@ def test_an_average_that_is_not_kept_is_refused_before_training():
     [
         ({"seed": 1}, "expected a run with .*'seed': 1"),
         ({"batch_size": 8}, "expected a run with .*'batch_size': 8"),
+        ({"dataset": digits().take(slice(None, None, -1))}, "expected a run with .*'data': '84 "),
         ({"validate": None}, r"unexpected \(1\): 1/params/w"),
     ],
 )

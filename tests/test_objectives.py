@@ -251,3 +251,11 @@ def test_an_unneeded_guard_changes_nothing():
         plain[0].params,
     )
     assert all(m["rescue"] == 0 for m in guarded[1])
+
+
+def test_a_schedule_needs_an_attack_with_an_eps_of_its_own():
+    ramp = optax.linear_schedule(0.0, 1.0, 10)
+    several = attacks.worst_of(attacks.linf_pgd(0.1, 1), attacks.linf_pgd(0.2, 1))
+    with pytest.raises(ValueError, match="eps_schedule needs an attack with an eps of its own"):
+        adversarial(several, eps_schedule=ramp)
+    adversarial(attacks.apgd("linf", 0.1, steps=2), eps_schedule=ramp)
