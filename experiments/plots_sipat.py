@@ -8,6 +8,7 @@ import numpy as np
 from experiments import common, mixtures
 from experiments.common import markdown
 from experiments.plots import read, rows_of, spread
+from experiments.sipat_settings import is_control
 from jaxrobust import metrics
 
 # What a row is: its colour in the plots, by the beginning of its name.
@@ -29,7 +30,6 @@ QUOTED = (
     "random_20", "least_20", "inverted_20", "sip_gradient_50", "random_50", "sip_human",
     "random_human", "sip_falling_50", "random_falling_50", "part_human", "random_part_human",
 )  # fmt: skip
-CONTROLS = ("standard", "at", "trades", "random", "least", "inverted")
 
 # Whose pictures are shown.
 CREDITS = {
@@ -88,11 +88,6 @@ def outcomes_of(record: dict, dataset: str) -> dict[str, np.ndarray]:
         for (where, method), cells in rows.items()
         if where == dataset and len(cells) == seeds
     }
-
-
-def is_control(method: str) -> bool:
-    """Whether a row knows nothing of salience, or turns it around."""
-    return method.split("_")[0] in CONTROLS
 
 
 def verdict(path: Path) -> str:

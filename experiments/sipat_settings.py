@@ -72,6 +72,18 @@ METHODS = {
     "inverted_human": Method(source="human", masking={"invert": True}),
     "random_inverted_human": Method(source="human", control="shuffled", masking={"invert": True}),
 }
+# The first words of the names of rows that salience has no part in, or is turned around in.
+CONTROLS = ("standard", "at", "trades", "random", "least", "inverted")
+
+
+def is_control(method: str) -> bool:
+    """Whether a row knows nothing of salience, or turns it around."""
+    return method.split("_")[0] in CONTROLS
+
+
+# What the suite judges: the ends of the frontier, and all that they are held against.
+ENDS = ("sip_gradient_5", "sip_gradient_20", "sip_gradient_50", "sip_human", "sip_falling_50")
+JUDGED = ENDS + tuple(filter(is_control, METHODS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,11 +146,7 @@ class Config:
     test_images: int = 1000
     pgd_steps: int = 50
     suite_images: int = 200
-    # Rows that the suite judges: the frontier's ends and their controls.
-    suite: tuple[str, ...] = (
-        "at", "at_eps_67", "sip_gradient_20", "random_20", "least_20", "inverted_20", "sip_human",
-        "sip_falling_50", "random_falling_50",
-    )  # fmt: skip
+    suite: tuple[str, ...] = JUDGED
 
 
 FEW = ("standard", "at", "at_eps_67", "sip_gradient_20", "random_20", "least_20", "sip_human")
