@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import jaxrobust as jr
 from experiments import common, cropd_evaluation, plots_cropd
-from experiments.cropd_settings import PRESETS, Built, Config, Method, Problem, World
+from experiments.cropd_settings import METHODS, PRESETS, Built, Config, Method, Problem, World
 from jaxrobust import cropd, models, training
 
 NAME = "cropd"
@@ -72,7 +72,8 @@ def preprocessor(key, config: Config, world: World, options) -> tuple[models.Mod
         latent_channels=method.latent_channels or problem.latent_channels,
     )  # fmt: skip
     objective = objective_of(method, problem, config, shape)
-    fitted = trained(key, config, world, options, model, objective, config.epochs, config.rate)
+    epochs = epochs_of(model, objective, problem, config, shape)
+    fitted = trained(key, config, world, options, model, objective, epochs, config.rate)
     return model, fitted[0], fitted[1]
 
 
@@ -82,13 +83,21 @@ def objective_of(
     """What a pre-processor of images [h, w, c] is trained for."""
     if method.kind == "denoiser":
         # Summed over an image as in the other rows: gradients are clipped, so the scale matters.
-        sigma = method.sigma or config.noise_per_eps * problem.eps
+        sigma = method.sigma or problem.noise * problem.eps
         return training.denoising(sigma, mse=float(np.prod(shape)))
     weights = cropd.Weights(method.clean, method.contrast, method.denoising, method.displacement)
-    attack = jr.linf_pgd(problem.eps, steps=config.attack_steps)
+    radius = problem.radius if method.radius is None else method.radius
+    attack = jr.linf_pgd(radius * problem.eps, steps=config.attack_steps)
     return cropd.robust_autoencoder(
         attack, weights=weights, form=method.form, temperature=method.temperature
     )
+
+
+def epochs_of(model, objective, problem: Problem, config: Config, shape: tuple[int, ...]) -> int:
+    """The epochs that cost as many FLOPs as the preset's of the reference."""
+    reference = objective_of(METHODS[config.reference], problem, config, shape)
+    ratio = flops(model, reference, config, shape) / flops(model, objective, config, shape)
+    return round(config.epochs * ratio)
 
 
 def rival(key, config: Config, world: World, options) -> Built:
@@ -161,7 +170,7 @@ def trained(
         share = fitted.best_epoch / fitted.epochs
         costs = {
             "train_epochs": fitted.best_epoch,
-            "train_flops": flops(step, create, config, shape) * per_epoch * fitted.best_epoch,
+            "train_flops": flops(model, objective, config, shape) * per_epoch * fitted.best_epoch,
             "train_seconds": round((fitted.seconds - fitted.validation_seconds) * share, 2),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(fitted.variables["params"])),
         }
@@ -170,15 +179,20 @@ def trained(
     return common.kept(folder, "weights", make)
 
 
-def flops(step, create, config: Config, shape) -> float:
+def flops(model, objective: training.Objective, config: Config, shape) -> float:
     """Matrix products and convolutions of one training step."""
-    state = jax.eval_shape(create, jax.random.key(0))
+    optimizer = optax.sgd(0.0)
+
+    def create(seed):
+        return training.create_state(model, optimizer, seed, shape, extra=objective.extra)
+
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
         "index": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    return jr.flops.count_flops(step, state, batch).matmul
+    step = training.train_step(model, optimizer, objective)
+    return jr.flops.count_flops(step, jax.eval_shape(create, jax.random.key(0)), batch).matmul
 
 
 # ---- the table ----------------------------------------------------------------------------------

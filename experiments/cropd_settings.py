@@ -20,7 +20,8 @@ class Method:
     denoising: float = 0.0
     displacement: float = 0.0
     temperature: float = 0.5
-    latent_channels: int | None = None  # None is the problem's own
+    latent_channels: int | None = None  # None is the problem's own, as in the next one
+    radius: float | None = None  # of the training's attack, in eps
     sigma: float | None = None  # a denoiser's noise, whose smoothing is certified then
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -39,7 +40,11 @@ METHODS = {
     "total_variation": Method(kind="total_variation", options={"weight": 0.1}),
     "alf": Method(kind="alf"),
     "aff": Method(kind="aff"),
-    # Sweeps of the published form
+    # What training within eps itself is worth, and sweeps of the published form
+    "reported_eps": Method(contrast=10.0, radius=1.0),
+    "recommended_eps": Method(
+        clean=0.0, denoising=1.0, contrast=10.0, form="alignment", radius=1.0
+    ),
     "reported_lambda_1": Method(contrast=1.0),
     "reported_lambda_100": Method(contrast=100.0),
     "reported_tau_01": Method(contrast=10.0, temperature=0.1),
@@ -61,6 +66,8 @@ class Problem:
     eps: float
     widths: tuple[int, ...]
     latent_channels: int
+    radius: float = 1.0  # of the training's attack, in eps
+    noise: float = 2.0  # the denoiser's sigma, in eps
     train_images: int = 2000
     train_split: str = "train"
     test_split: str = "test"
@@ -68,15 +75,21 @@ class Problem:
     classes: tuple[int, ...] | None = None  # some of the set's classes, renumbered
     shift: int = 2
     flip: bool = True
+    judged: bool = True  # by the suite; otherwise by PGD alone
 
 
 PROBLEMS = {
-    "cutouts": Problem(
-        dataset="cutouts", eps=4 / 255, widths=(32, 64, 64), latent_channels=32
+    "emoji": Problem(
+        dataset="emoji", eps=4 / 255, widths=(32,), patch=4, latent_channels=6, radius=6.0,
+        noise=16.0,
     ),
-    "emoji": Problem(dataset="emoji", eps=4 / 255, widths=(16, 32, 64), latent_channels=16),
     "mnist5k": Problem(
-        dataset="mnist5k", eps=0.1, widths=(16, 32), latent_channels=16, shift=1, flip=False
+        dataset="mnist5k", eps=0.1, widths=(16, 32), patch=2, latent_channels=8, radius=2.0,
+        noise=4.0, train_images=1000, shift=1, flip=False,
+    ),
+    "cutouts": Problem(
+        dataset="cutouts", eps=4 / 255, widths=(32, 64), patch=2, latent_channels=16, radius=6.0,
+        noise=16.0, train_images=1000, judged=False,
     ),
 }  # fmt: skip
 CIFAR = Problem(
@@ -94,13 +107,13 @@ class Config:
     final: tuple[str, ...] = FINAL
     seeds: tuple[int, ...] = (0, 1, 2)
     foundation: str = "efficientnet_lite0"
-    side: int = 96
-    # The pre-processor
-    epochs: int = 30
-    batch_size: int = 50
+    side: int = 64
+    # The pre-processors, all trained for the FLOPs that the reference takes in these epochs
+    reference: str = "recommended"
+    epochs: int = 20
+    batch_size: int = 25
     rate: float = 2e-3
-    attack_steps: int = 5
-    noise_per_eps: float = 2.0  # the denoiser's sigma in units of eps
+    attack_steps: int = 2
     ema_decay: float = 0.99
     # Its rivals
     rival_epochs: int = 20
@@ -116,7 +129,7 @@ class Config:
     certify_samples: int = 1000
     queries: int = 1000
     suite_steps: int = 100
-    suite_targets: int = 9
+    suite_targets: int = 3
     batch: int = 50
     latency_repeats: int = 20
     save_every: float = 30.0
@@ -126,7 +139,9 @@ QUICK = ("none", "autoencoder", "gaussian_dae", "reported", "recommended")
 PRESETS = {
     "smoke": Config(
         problems={
-            "cutouts": dataclasses.replace(PROBLEMS["cutouts"], train_images=60, widths=(8,))
+            "cutouts": dataclasses.replace(
+                PROBLEMS["cutouts"], train_images=60, widths=(8,), judged=True
+            )
         },
         methods={name: METHODS[name] for name in ("none", "recommended")},
         final=("recommended",), seeds=(0,), side=32, epochs=1, attack_steps=1, rival_epochs=1,

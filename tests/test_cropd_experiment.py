@@ -10,7 +10,8 @@ import pytest
 
 import jaxrobust as jr
 from experiments import common, cropd_evaluation, plots_cropd
-from experiments.cropd_settings import PRESETS, Built, Config, Method, Problem, World
+from experiments import cropd as experiment
+from experiments.cropd_settings import METHODS, PRESETS, Built, Config, Method, Problem, World
 from jaxrobust import cropd, models
 from jaxrobust.data import Dataset
 
@@ -279,3 +280,17 @@ def test_the_splits_of_a_preset_are_those_of_its_sets(name):
     for problem in PRESETS[name].problems.values():
         assert problem.test_split == ("validation" if problem.dataset in without_test else "test")
         assert problem.train_split.partition("[")[0] == "train"
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "gaussian_dae", "reported", "recommended"])
+def test_every_preprocessor_is_trained_for_the_flops_of_the_reference(name):
+    model = models.autoencoder(SHAPE, widths=(8,), latent_channels=2, latent_norm=True)
+
+    def flops(name):
+        objective = experiment.objective_of(METHODS[name], PROBLEM, CONFIG, SHAPE)
+        return objective, experiment.flops(model, objective, CONFIG, SHAPE)
+
+    objective, one = flops(name)
+    epochs = experiment.epochs_of(model, objective, PROBLEM, CONFIG, SHAPE)
+    assert epochs * one == pytest.approx(CONFIG.epochs * flops("recommended")[1], abs=one / 2)
+    assert (epochs == CONFIG.epochs) == (name == "recommended")
