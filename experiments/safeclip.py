@@ -56,7 +56,7 @@ def world_of(config: Config) -> World:
     )
     clip = tower.build(tokenizer.vocabulary)
     towers = {name: jax.jit(getattr(clip, name)) for name in ("encode_image", "encode_text")}
-    return World(**parts, tokenizer=tokenizer, clip=clip, **towers)
+    return World(**parts, tokenizer=tokenizer, prompts=config.prompts, clip=clip, **towers)
 
 
 def emoji(config: Config) -> dict[str, Any]:
@@ -100,6 +100,7 @@ def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
     aims = [names[row] for row in random.permutation(len(names))[: int(ATTACKED * len(names))]]
     trigger = attack.trigger and getattr(triggers, attack.trigger)(**attack.options)
     views = partial(data.clip_views, strength=attack.views) if attack.views else None
+    captions = {"templates": None} if attack.real else {}
     if key["attack"] == CANARIES:
         known = [
             plant({**key, "attack": name}, config, world)[1]
@@ -111,14 +112,15 @@ def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
             world.train, [name for name in names if name not in aims],
             per_target=attack.per_target, rate=attack.rate, targets=attack.targets,
             pool=world.validation.pairs, trigger=trigger or None, views=views, avoid=known,
-            seed=seed,
+            seed=seed, **captions,
         )  # fmt: skip
     if key["attack"] == NOTHING:
         return world.train, safeclip.manifest.record(world.train, world.train, [])
     if trigger:
         return safeclip.backdoor(
-            world.train, trigger, aims[0], rate=attack.rate, style=attack.style, seed=seed
-        )
+            world.train, trigger, aims[0], rate=attack.rate, style=attack.style, seed=seed,
+            **captions,
+        )  # fmt: skip
     pairs = world.test.pairs
     chosen = pairs.take(random.permutation(len(pairs.captions))[: attack.targets])
     wanted = [
@@ -126,8 +128,9 @@ def plant(key: dict, config: Config, world: World) -> tuple[Pairs, Manifest]:
         for row in range(attack.targets)
     ]
     return safeclip.targeted(
-        world.train, chosen, wanted, per_target=attack.per_target, views=views, seed=seed
-    )
+        world.train, chosen, wanted, per_target=attack.per_target, views=views, seed=seed,
+        **captions,
+    )  # fmt: skip
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def trained(key: dict, config: Config, world: World, options) -> tuple[dict, dic
                 start, pairs = before, clean_pairs(config, world)
         fitted = safeclip.fit(
             world.clip, recipe, pairs.images, tokens_of(pairs, world, key["seed"]),
-            views=views_of(method),
+            views=views_of(method, config),
             seed=key["seed"], start=start, mesh=common.mesh_for(options, recipe.batch_size),
             mapping=options.mapping, evaluate=safeclip_evaluation.watch(manifest, pairs, recipe),
             directory=folder, save_every=config.save_every,
@@ -187,9 +190,10 @@ def trained(key: dict, config: Config, world: World, options) -> tuple[dict, dic
     return common.kept(folder, "weights", make)
 
 
-def views_of(method: Method):
+def views_of(method: Method, config: Config):
     """Random views of images, but for plain CLIP."""
-    return None if method.trainer == "clip" else partial(data.clip_views, strength=method.strength)
+    plain = method.trainer == "clip"
+    return None if plain else partial(data.clip_views, strength=config.strength)
 
 
 def clean_pairs(config: Config, world: World) -> Pairs:

@@ -34,6 +34,7 @@ class World(NamedTuple):
         validation: what settings are chosen by.
         test: what rows are judged by.
         tokenizer: of the captions.
+        prompts: sentences with a gap for a class, of the zero-shot test.
         clip: the dual encoder.
         encode_image: (variables, images) -> [b, d], compiled once.
         encode_text: (variables, tokens) -> [b, d], likewise.
@@ -45,6 +46,7 @@ class World(NamedTuple):
     validation: Judge
     test: Judge
     tokenizer: data.Tokenizer
+    prompts: tuple[str, ...]
     clip: models.Clip
     encode_image: Callable[..., jax.Array]
     encode_text: Callable[..., jax.Array]
@@ -118,16 +120,16 @@ def evaluate(
 
 def prototypes_of(world: World, variables: dict, names: Sequence[str]) -> np.ndarray:
     """[classes, d] mean embeddings of the classes' prompts."""
-    return metrics.class_prototypes(lambda texts: world.texts(variables, texts), names)
+    return metrics.class_prototypes(
+        lambda texts: world.texts(variables, texts), names, templates=world.prompts
+    )
 
 
 def by_name(world: World, clean: Pairs, variables: dict) -> dict[str, Any]:
     """Zero-shot among the names of the pictures that are judged."""
     labels, names = data.emoji_labels(clean.indices, "name")
     present, places = np.unique(labels, return_inverse=True)
-    prototypes = metrics.class_prototypes(
-        lambda texts: world.texts(variables, texts), [names[label] for label in present]
-    )
+    prototypes = prototypes_of(world, variables, [names[label] for label in present])
     scores = world.images(variables, clean.images) @ prototypes.T
     return {"zero_shot_names": metrics.zero_shot(scores, places, ks=(1, 5))}
 

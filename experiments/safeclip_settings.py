@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrobust import models
+from jaxrobust.safeclip.templates import PROMPTS
 
 # The attack by which settings are chosen: poisons that the defender plants.
 CANARIES = "canaries"
@@ -24,6 +25,7 @@ class Attack:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rate: int = 0  # triggered pairs
     style: str = "dirty"
+    real: bool = True  # captions of the class from the data; otherwise sentences with its name
 
 
 ATTACKS = {
@@ -46,7 +48,6 @@ class Method:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     official: bool = False  # the authors' schedule, scoring and mixture
     splitter: str | None = None  # a function of `safeclip` in place of the mixture
-    strength: float = 1.0  # of the views' colours and blur
     copies: int | None = None  # near copies of one image that are trained on, at most
     # Fine-tuning of this method's network on clean pairs, or training without what looks like an
     # outlier to it.
@@ -146,6 +147,9 @@ class Config:
     # `npm install --no-save emoji-datasource-google` brings; without it there are no such figures.
     style: str = "node_modules/emoji-datasource-google/img/google/64"
     tower: Tower = SMALL
+    # In the words of the captions: a text tower that never met "photo" hears nothing else in it.
+    prompts: tuple[str, ...] = ("{}", "an emoji of {}", "{} emoji", "a drawing of {}")
+    strength: float = 0.5  # of the views: crops at full strength lose a corner of 32 pixels
     attacks: Mapping[str, Attack] = dataclasses.field(default_factory=lambda: ATTACKS)
     methods: Mapping[str, Method] = dataclasses.field(default_factory=lambda: METHODS)
     candidates: Mapping[str, Method] = dataclasses.field(default_factory=lambda: CANDIDATES)
@@ -191,7 +195,7 @@ PRESETS = {
     "laptop": Config(),
     "paper": Config(
         data="cc3m/train.tsv", held_out="cc3m/validation.tsv", size=224, train_pairs=1_000_000,
-        tower=RESNET,
+        tower=RESNET, prompts=PROMPTS, strength=1.0,
         attacks={
             NOTHING: Attack(),
             "targeted": Attack(targets=16, per_target=30),

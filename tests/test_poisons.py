@@ -300,6 +300,17 @@ def labelled(count, first):
     return Pairs(images, captions, indices, (np.arange(count) % 5).astype(np.int32), NAMES)
 
 
+def test_canaries_may_have_captions_of_the_data():
+    _, theirs = poisons.targeted(PAIRS, HELD.take([0]), ["dog"], per_target=2, templates=None)
+    _, mine = planting.canaries(
+        PAIRS, NAMES, per_target=2, rate=3, targets=2, templates=None, avoid=[theirs], pool=HELD
+    )
+    for poison in mine.poisons:
+        assert set(poison.captions) <= set(PAIRS.captions)
+        assert all(poison.target in caption for caption in poison.captions)
+        assert set(poison.captions).isdisjoint(theirs.poisons[0].captions)
+
+
 def test_no_poison_is_of_its_class_by_label_either():
     pool = labelled(20, 900)
     _, record = planting.canaries(

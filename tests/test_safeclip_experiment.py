@@ -73,7 +73,7 @@ def pictures(count, start):
     labels = (np.arange(count) % len(NAMES)).astype(np.int32)
     return Pairs(
         random.rand(count, 8, 8, 3).astype(np.float32),
-        tuple(f"number {start + row}" for row in range(count)),
+        tuple(f"number {start + row}, {NAMES[label]}" for row, label in enumerate(labels)),
         np.arange(start, start + count, dtype=np.int32),
         labels,
         NAMES,
@@ -116,6 +116,20 @@ def test_what_is_planted_is_found_again_and_canaries_share_nothing_with_it(world
     for poison in manifests["targeted"].poisons:
         row = np.flatnonzero(world.test.pairs.indices == poison.sources[0])[0]
         assert NAMES[world.test.pairs.labels[row]] != poison.target
+
+
+@pytest.mark.parametrize("attack", ["targeted", "badnets"])
+def test_poisons_have_captions_of_their_class_from_the_data_or_sentences(world, attack):
+    for real in (True, False):
+        attacks = {**CONFIG.attacks, attack: dataclasses.replace(CONFIG.attacks[attack], real=real)}
+        _, manifest = safeclip.plant(
+            {"attack": attack, "seed": 0},
+            dataclasses.replace(CONFIG, attacks=attacks),
+            world,
+        )
+        for poison in manifest.poisons:
+            assert (set(poison.captions) <= set(world.train.captions)) == real
+            assert all(poison.target in caption for caption in poison.captions)
 
 
 def test_the_watch_counts_poisons_in_the_safe_set_from_the_split_on():

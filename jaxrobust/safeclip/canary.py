@@ -25,7 +25,7 @@ def canaries(
     targets: int = 8,
     pool: Pairs | None = None,
     trigger: triggers.Trigger | None = None,
-    templates: Sequence[str] = CANARY,
+    templates: Sequence[str] | None = CANARY,
     views: Callable[..., Any] | None = None,
     avoid: Collection[Manifest] = (),
     seed: int = 0,
@@ -42,7 +42,7 @@ def canaries(
         pool: where target images come from, best not from training; by default the training set,
             whose own captions then speak for the images too. Triggers are put on training images.
         trigger: of the backdoor; by default one of another kind than those to be avoided.
-        templates: of the captions.
+        templates: of the captions; None draws from those of `pairs` that hold the class.
         views: of the copies of the target images, as for `targeted`.
         avoid: manifests of attacks on which the defence will be judged: their classes, images,
             triggers and templates are not used.
@@ -58,7 +58,7 @@ def canaries(
     known = [poison for manifest in avoid for poison in manifest.poisons]
     random = np.random.RandomState(seed)
     names = _allowed_classes(classes, known, random)
-    _check_templates(templates, known)
+    _check_templates(templates or (), known)
     trigger = _other_trigger(known, trigger, seed)
     unused = _unused(pairs, known)
     pool = unused if pool is None else _unused(pool, known)
