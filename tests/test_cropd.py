@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxrobust import attacks, cropd, losses, models, parallel, training
+from jaxrobust import flops as counting
 from jaxrobust.cropd import Weights
 
 SHAPE, BATCH, CODE = (4, 4, 1), 8, 6
@@ -86,16 +87,41 @@ def slow_loss(x, x_adv, form, weights, t):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("clean", [0.5, 0.0])
 @pytest.mark.parametrize("form", cropd.FORMS)
-def test_the_loss_equals_a_slow_reference(form):
-    objective = cropd.robust_autoencoder(ATTACK, weights=ALL, form=form, temperature=0.3)
+def test_the_loss_equals_a_slow_reference(form, clean):
+    weights = ALL._replace(clean=clean)
+    objective = cropd.robust_autoencoder(ATTACK, weights=weights, form=form, temperature=0.3)
     x_adv = np.clip(IMAGES + RANDOM.uniform(-0.1, 0.1, IMAGES.shape), 0, 1).astype(np.float32)
     got, metrics, _ = jax.jit(
         lambda x, x_adv: objective.loss(context(), forward, x, x_adv, LABELS)
     )(IMAGES, x_adv)
-    np.testing.assert_allclose(got, slow_loss(IMAGES, x_adv, form, ALL, 0.3), rtol=1e-4)
+    np.testing.assert_allclose(got, slow_loss(IMAGES, x_adv, form, weights, 0.3), rtol=1e-4)
     own = np.diag(cosines(code_of(x_adv), code_of(IMAGES)))
     np.testing.assert_allclose(metrics["cosine"], own.mean(), rtol=1e-5)
+    assert ("squared_error" in metrics) == (clean > 0)
+
+
+def test_what_no_term_looks_at_costs_nothing():
+    model = models.autoencoder((16, 16, 3), widths=(8,), latent_channels=4)
+    optimizer = training.sgd(1e-3, momentum=0.0)
+    state = jax.eval_shape(
+        lambda key: training.create_state(model, optimizer, key, (16, 16, 3)), jax.random.key(0)
+    )
+    batch = {**BATCH_OF_8, "image": np.zeros((BATCH, 16, 16, 3), np.float32)}
+
+    def flops(*weights):
+        objective = cropd.robust_autoencoder(ATTACK, weights=Weights(*weights), form="alignment")
+        step = training.train_step(model, optimizer, objective)
+        return counting.count_flops(step, state, batch).matmul
+
+    variables = model.init(jax.random.key(0))
+    code = model.encode(variables, batch["image"])
+    decoder = counting.count_flops(model.decode, variables, code).matmul
+    # The clean image is rebuilt, and back twice, only where the loss looks at it.
+    rebuilt, aligned, both = flops(0, 0, 1), flops(0, 1, 1), flops(1, 0, 1)
+    assert rebuilt < aligned < flops(1, 1, 1) - 2.5 * decoder
+    assert rebuilt < both - 2.5 * decoder
 
 
 def perturbed(objective, rows=slice(None), axis_name=None):

@@ -64,8 +64,10 @@ def robust_autoencoder(
 
     Returns:
         An objective for `training.train_step(autoencoder, ...)`; metrics: "squared_error" of
-        rebuilding clean images, and unless plain "cosine" and "displacement" under attack, and
-        "uniformity" of the clean codes (not in alignment). Nothing in it knows a foundation model.
+        rebuilding clean images where they are rebuilt (clean > 0), and unless plain "cosine" and
+        "displacement" under attack, and "uniformity" of the clean codes (not in alignment). Batch
+        statistics, where the norm keeps any, are those of all images, or with clean = 0 of the
+        attacked ones. Nothing in it knows a foundation model.
 
     Raises:
         ValueError: an unknown name, a weight < 0 or none > 0, temperature <= 0, or an attack that
@@ -109,14 +111,20 @@ class _Terms(NamedTuple):
         return self.weights.clean * error, {"squared_error": error.mean()}, stats
 
     def both(self, context, forward, images, x_adv, labels):
-        rebuilt, stats, taps = forward(jnp.concatenate([images, x_adv]), taps=("latent",))
-        clean, code = jnp.split(_flat(taps["latent"]), 2)
-        clean_image, image = jnp.split(rebuilt, 2)
-        error = _squared_error(clean_image, images)
-        total = self.weights.clean * error
+        if self.weights.clean:
+            rebuilt, stats, taps = forward(jnp.concatenate([images, x_adv]), taps=("latent",))
+            clean, code = jnp.split(_flat(taps["latent"]), 2)
+            clean_image, image = jnp.split(rebuilt, 2)
+            error = _squared_error(clean_image, images)
+            total, metrics = self.weights.clean * error, {"squared_error": error.mean()}
+        else:
+            # Apart, so that the clean image is not rebuilt and no gradient runs through its code
+            # unless a term asks for it: a third of the step.
+            clean = _flat(forward(images, taps=("latent",))[-1]["latent"])
+            image, stats, taps = forward(x_adv, taps=("latent",))
+            code, total, metrics = _flat(taps["latent"]), 0.0, {}
         total += self.attacked(image, code, images, clean, context.axis_name)
-        metrics = {
-            "squared_error": error.mean(),
+        metrics |= {
             "cosine": _closeness(code, clean).mean(),
             "displacement": losses.squared_error(code, clean).mean(),
         }
