@@ -86,8 +86,9 @@ def objective_of(
         sigma = method.sigma or problem.noise * problem.eps
         return training.denoising(sigma, mse=float(np.prod(shape)))
     weights = cropd.Weights(method.clean, method.contrast, method.denoising, method.displacement)
-    radius = problem.radius if method.radius is None else method.radius
-    attack = jr.linf_pgd(radius * problem.eps, steps=config.attack_steps)
+    radius = (problem.radius if method.radius is None else method.radius) * problem.eps
+    one_step = method.attack == "n_fgsm"
+    attack = jr.n_fgsm(radius) if one_step else jr.linf_pgd(radius, steps=config.attack_steps)
     return cropd.robust_autoencoder(
         attack, weights=weights, form=method.form, temperature=method.temperature
     )
