@@ -111,7 +111,7 @@ class Config:
     side: int = 64
     # The pre-processors, all trained for the FLOPs that the reference takes in these epochs
     reference: str = "recommended"
-    epochs: int = 20
+    epochs: int = 25
     batch_size: int = 25
     rate: float = 2e-3
     attack_steps: int = 2

@@ -57,13 +57,13 @@ def accuracy(variables):
     return {"score": right.mean(), "weight": jnp.abs(variables["params"]["w"]).sum()}
 
 
-def train(directory=None, dataset=None, *, devices=8, **options):
+def train(directory=None, dataset=None, *, devices=8, model=LINEAR, **options):
     """A small adversarial run with everything that a checkpoint has to hold."""
     mesh = parallel.data_mesh(devices)
     state = parallel.create(
-        lambda key: create_state(LINEAR, OPTIMIZER, key, SHAPE, ema=True), mesh, jax.random.key(0)
+        lambda key: create_state(model, OPTIMIZER, key, SHAPE, ema=True), mesh, jax.random.key(0)
     )
-    step = train_step(LINEAR, OPTIMIZER, adversarial(attacks.n_fgsm(0.05)), ema_decay=0.9)
+    step = train_step(model, OPTIMIZER, adversarial(attacks.n_fgsm(0.05)), ema_decay=0.9)
     defaults = {"batch_size": BATCH, "epochs": EPOCHS, "validate": accuracy, "log_every": 3}
     return fit(
         step,
@@ -249,6 +249,23 @@ def test_patience_stops_and_the_best_variables_come_back(tmp_path):
     # A stopped run is finished: started again, it stays so.
     again = train(tmp_path, validate=scripted([]), patience=2)
     assert_same_run(again, fitted)
+
+
+def test_validation_begins_when_the_steps_before_it_are_done():
+    def slow(variables, x, **options):
+        logits, stats = LINEAR.train(variables, x, **options)
+        start = jnp.full((300, 300), jax.lax.stop_gradient(logits.sum()))
+        busy = jax.lax.fori_loop(0, 100, lambda _, m: jnp.tanh(m @ m), start)
+        return logits + 1e-30 * busy.mean(), stats
+
+    ready = []
+
+    def validate(variables):
+        ready.append(all(leaf.is_ready() for leaf in jax.tree.leaves(variables)))
+        return {"score": 0.0}
+
+    train(model=LINEAR._replace(train=slow), validate=validate, epochs=1, devices=1)
+    assert ready == [True]
 
 
 def test_validation_is_every_so_many_epochs_and_after_the_last():

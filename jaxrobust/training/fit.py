@@ -176,12 +176,14 @@ def fit(
                 bar.set_postfix(loss=f"{float(metrics['loss']):.3f}")
             epoch, rest = divmod(position, per_epoch)
             if validate and not rest and (epoch % validate_every == 0 or position == total):
+                # Steps are still under way, and are not validation's to wait for.
+                variables = jax.block_until_ready(state.variables(averaged=averaged))
                 asked = time.monotonic()
-                scores = validate(state.variables(averaged=averaged))
+                scores = validate(variables)
                 loop["validation_seconds"] += time.monotonic() - asked
                 better = _record(loop, epoch, scores)
                 if better:
-                    best = jax.tree.map(np.asarray, state.variables(averaged=averaged))
+                    best = jax.tree.map(np.asarray, variables)
                 stopped = patience is not None and loop["waited"] >= patience
             if saving and position < total and due():
                 save()
