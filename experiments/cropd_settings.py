@@ -82,7 +82,7 @@ class Problem:
 PROBLEMS = {
     "emoji": Problem(
         dataset="emoji", eps=4 / 255, widths=(32,), patch=4, latent_channels=6, radius=10.0,
-        noise=32.0,
+        noise=48.0,
     ),
     "mnist5k": Problem(
         dataset="mnist5k", eps=0.1, widths=(16, 32), patch=2, latent_channels=8, radius=2.0,
