@@ -119,6 +119,68 @@ def verdict(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def follow_up(path: Path) -> str:
+    """The settings above all controls once more: corrected, and on the seeds that did not choose.
+
+    Every setting was compared at every eps, so some are above by luck; and who looked at the first
+    seed to decide what to run has used it up. Intervals as in `verdict`.
+    """
+    record = read(path)
+    lines = []
+    for dataset, problem in record["config"]["problems"].items():
+        outcomes = outcomes_of(record, dataset)
+        controls = {name: found for name, found in outcomes.items() if is_control(name)}
+        settings = {name: found for name, found in outcomes.items() if name not in controls}
+        comparisons = len(settings) * len(problem["grid"])
+        for name, found in settings.items() if controls else ():
+            for row, eps in enumerate(problem["grid"], 1):
+                once = mixtures.margin(found, controls, row)
+                if not once.above:
+                    continue
+                corrected = mixtures.margin(
+                    found, controls, row, comparisons=comparisons, resamples=24_000
+                )
+                later = {control: of[1:] for control, of in controls.items()}
+                others = (
+                    points(mixtures.margin(found[1:], later, row).interval)
+                    if len(found) > 1
+                    else "not run"
+                )
+                lines.append(
+                    [dataset, name, eps_text(eps), points(once.interval),
+                     points(corrected.interval), others]
+                )  # fmt: skip
+    header = [
+        "above the controls", "setting", "eps", "by", "corrected for all comparisons",
+        "on the seeds after the first",
+    ]  # fmt: skip
+    return markdown(header, lines)
+
+
+def beside_suite(path: Path) -> str:
+    """PGD and AutoAttack on the same images, where AutoAttack was run; means over seeds."""
+    record = read(path)
+    config, parts = record["config"], []
+    for dataset, problem in config["problems"].items():
+        places = [1 + problem["grid"].index(eps) for eps in problem["suite_eps"]]
+        eps = [eps_text(eps) for eps in problem["suite_eps"]]
+        lines = []
+        for (where, method), cells in rows_of(record, "dataset", "method").items():
+            if where != dataset or not all("suite_accuracy" in cell for cell in cells):
+                continue
+            curves = [common.unpacked(cell["outcomes"], cell["images"]) for cell in cells]
+            few = config["suite_images"]
+            pgd = 100 * np.mean([curve[places, :few].mean(1) for curve in curves], 0)
+            suite = 100 * np.mean([cell["suite_accuracy"] for cell in cells], 0)
+            lines.append([method, *(f"{v:.1f}" for v in (*pgd, *suite, *(pgd - suite)))])
+        header = [dataset]
+        for what in (f"PGD-{config['pgd_steps']}", "AutoAttack", "lost"):
+            header += [f"{what}, {one}" for one in eps]
+        if lines:
+            parts.append(markdown(header, lines))
+    return "\n\n".join(parts)
+
+
 def above(record: dict, dataset: str, row: int) -> str:
     """The settings that lie above every mixture of controls beyond doubt, in words."""
     outcomes = outcomes_of(record, dataset)

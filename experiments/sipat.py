@@ -292,6 +292,8 @@ def main(config: Config, options) -> None:
     plots_sipat.frontier(path)
     print(plots_sipat.table(path))
     print(plots_sipat.verdict(path))
+    print(plots_sipat.follow_up(path))
+    print(plots_sipat.beside_suite(path))
     print(f"results: {path}")
 
 

@@ -1,9 +1,10 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-from experiments import common, mixtures
+from experiments import common, mixtures, plots_sipat
 
 
 def outcomes(clean, robust, n=100):
@@ -98,3 +99,75 @@ def test_no_mixture_of_two_exceeds_the_boundary_and_its_corners_are_points():
 def test_outcomes_come_back_from_their_packed_form():
     right = np.random.default_rng(1).random((3, 77)) < 0.4
     np.testing.assert_array_equal(common.unpacked(common.packed(right), 77), right)
+
+
+def random_outcomes(seed, shares, n=60):
+    """A setting and controls, each [2 seeds, 2 rows, n], with about these clean and robust shares."""
+    rng = np.random.default_rng(seed)
+    setting, *others = (rng.random((2, 2, n)) < np.array(share)[:, None] for share in shares)
+    return setting, dict(zip("abc", others, strict=False))
+
+
+def test_an_interval_that_is_one_of_many_is_as_wide_as_its_share_of_the_error():
+    setting, controls = random_outcomes(7, [(0.8, 0.7), (0.9, 0.3), (0.6, 0.6)])
+    found = mixtures.margin(setting, controls, 1, resamples=500, comparisons=5, seed=2)
+    each = np.stack([setting, *controls.values()]).mean(1)
+    draws = np.random.default_rng(2).multinomial(60, np.full(60, 1 / 60), 500)
+    margins = [slow_margin((each * draw).mean(-1)) for draw in draws]
+    expected = np.quantile(margins, (0.005, 0.995))
+    np.testing.assert_allclose((found.interval.low, found.interval.high), expected, atol=1e-12)
+
+
+def test_resamples_are_the_same_however_many_are_held_at_a_time(monkeypatch):
+    setting, controls = random_outcomes(8, [(0.8, 0.7), (0.9, 0.3)])
+    whole = mixtures.margin(setting, controls, 1, resamples=100)
+    monkeypatch.setattr(mixtures, "_AT_ONCE", 30)
+    assert mixtures.margin(setting, controls, 1, resamples=100) == whole
+
+
+def record(cells, seeds=2):
+    """A record of the second experiment with one radius, as its results file has it."""
+    problem = {"grid": [0.1], "suite_eps": [0.1]}
+    config = {
+        "problems": {"digits": problem}, "seeds": list(range(seeds)), "pgd_steps": 50,
+        "suite_images": 50,
+    }  # fmt: skip
+    found = [
+        {
+            "key": {"dataset": "digits", "method": method, "seed": seed},
+            "metrics": {"outcomes": common.packed(rows), "images": rows.shape[1], **suite},
+        }
+        for method, (outcome, suite) in cells.items()
+        for seed, rows in enumerate(outcome)
+    ]
+    return {"config": config, "cells": found}
+
+
+def lines_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def test_only_settings_above_all_controls_are_followed_up_and_later_seeds_stand_alone(tmp_path):
+    better, random = outcomes(0.85, 0.9), np.random.default_rng(0)
+    # The first seed chose it; on the second one it is no better than its control.
+    lucky = np.stack([better[0], outcomes(0.85, 0.6)[0]])
+    cells = {
+        "at": outcomes(0.85, 0.6), "fresh": better, "lucky": lucky, "worse": outcomes(0.85, 0.5)
+    }  # fmt: skip
+    shuffled = {name: (rows[..., random.permutation(100)], {}) for name, rows in cells.items()}
+    path = tmp_path / "sipat.json"
+    path.write_text(json.dumps(record(shuffled)))
+    _, _, *lines = lines_of(plots_sipat.follow_up(path))
+    assert [line[1] for line in lines] == ["fresh", "lucky"]
+    fresh, by_luck = (line[5] for line in lines)
+    assert fresh.startswith("+30.0 (")
+    assert by_luck.startswith("+0.0 (")
+
+
+def test_pgd_is_set_beside_the_suite_on_the_suites_images_alone(tmp_path):
+    rows = outcomes(0.9, 0.8)  # the first 50 of 100 images all withstand PGD
+    suite = {"suite_accuracy": [0.7]}
+    path = tmp_path / "sipat.json"
+    path.write_text(json.dumps(record({"at": (rows, suite), "unjudged": (rows, {})})))
+    _, _, *lines = lines_of(plots_sipat.beside_suite(path))
+    assert lines == [["at", "100.0", "70.0", "30.0"]]
