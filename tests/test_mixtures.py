@@ -102,7 +102,7 @@ def test_outcomes_come_back_from_their_packed_form():
 
 
 def random_outcomes(seed, shares, n=60):
-    """A setting and controls, each [2 seeds, 2 rows, n], with about these clean and robust shares."""
+    """A setting and controls, [2 seeds, 2 rows, n] each, of about these accuracies."""
     rng = np.random.default_rng(seed)
     setting, *others = (rng.random((2, 2, n)) < np.array(share)[:, None] for share in shares)
     return setting, dict(zip("abc", others, strict=False))
