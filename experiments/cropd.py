@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import jaxrobust as jr
 from experiments import common, cropd_evaluation, plots_cropd
-from experiments.cropd_settings import METHODS, PRESETS, Built, Config, Method, Problem, World
+from experiments.cropd_settings import PRESETS, Built, Config, Method, Problem, World
 from jaxrobust import cropd, models, training
 
 NAME = "cropd"
@@ -96,7 +96,7 @@ def objective_of(
 
 def epochs_of(model, objective, problem: Problem, config: Config, shape: tuple[int, ...]) -> int:
     """The epochs that cost as many FLOPs as the preset's of the reference."""
-    reference = objective_of(METHODS[config.reference], problem, config, shape)
+    reference = objective_of(config.methods[config.reference], problem, config, shape)
     ratio = flops(model, reference, config, shape) / flops(model, objective, config, shape)
     return round(config.epochs * ratio)
 

@@ -64,6 +64,10 @@ CASES = {
     "one_channel": ((3, 9, 8, 1), (3, 3, 1, 6), {"padding": 1}),
     "one_channel_strided": ((2, 28, 27, 1), (4, 4, 1, 16), {"stride": 2, "padding": 1}),
     "three_channels": ((2, 9, 9, 3), (3, 3, 3, 64), {"padding": 1}),
+    "few_channels_strided": ((2, 9, 8, 3), (3, 3, 3, 6), {"stride": 2, "padding": 1}),
+    "few_channels_in_patches": ((2, 13, 12, 3), (4, 4, 3, 6), {"stride": 4, "padding": 1}),
+    "few_channels_between_patches": ((1, 18, 14, 3), (6, 6, 3, 5), {"stride": 4}),
+    "few_channels_cropped": ((2, 9, 11, 2), (2, 3, 2, 5), {"stride": (3, 2), "padding": "VALID"}),
     "strided_odd": ((2, 15, 11, 8), (3, 3, 8, 12), {"stride": 2, "padding": 1}),
     "strided_even_kernel": ((2, 14, 14, 6), (4, 4, 6, 7), {"stride": 2, "padding": 1}),
     "cropped_left": ((2, 1, 2, 6), (1, 3, 6, 5), {"stride": (1, 2), "padding": ((0, 0), (3, 0))}),
@@ -90,7 +94,7 @@ def test_values_and_gradients_equal_those_of_xla(case):
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     pads=st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2),
-    channels=st.sampled_from([(1, 1, 2), (1, 3, 2), (1, 6, 5), (2, 2, 1), (3, 2, 2)]),
+    channels=st.sampled_from([(1, 1, 2), (1, 3, 2), (1, 6, 5), (1, 4, 3), (2, 2, 1), (3, 2, 2)]),
 )
 def test_any_geometry_equals_xla(size, kernel, stride, pads, channels):
     groups, ci, co = channels

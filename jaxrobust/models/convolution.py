@@ -167,7 +167,9 @@ def _plain(first, second, *, solve, shapes, **setting):
 def _cpu(first, second, *, solve, shapes, strides, pads, groups):
     """The choice of algorithm on CPUs; bfloat16 has no fast kernels there."""
     a, b = first.astype(jnp.float32), second.astype(jnp.float32)
-    if solve == "y":
+    if _folding_pays(solve, shapes, strides, groups):
+        out = _folded(a, b, solve, shapes, strides, pads)
+    elif solve == "y":
         out = _cpu_forward(a, b, strides, pads, groups)
     elif solve == "x":
         out = _cpu_input_gradient(a, b, shapes[0], strides, pads, groups)
@@ -289,6 +291,65 @@ def _swap_channels(w, groups):
     kh, kw, ci, co = w.shape
     w = w.reshape(kh, kw, ci, groups, co // groups).transpose(0, 1, 4, 3, 2)
     return w.reshape(kh, kw, co // groups, groups * ci)
+
+
+# Strided convolutions of few channels: the pixels of a stride's step become the channels of one
+# place, and the stride 1. Taps are then read in rows of s c numbers instead of c, and there are
+# ceil(k / s)^2 of them instead of k^2.
+
+
+def _folding_pays(solve, shapes, strides, groups):
+    (*_, channels), (height, width, *_), _ = shapes
+    if groups > 1 or channels > 4 or max(strides) == 1:
+        return False
+    if solve == "x":
+        return True
+    # Larger kernels are read fast enough as they are; folded they have more zeros to multiply by.
+    fits = solve == "w" and height % strides[0] == width % strides[1] == 0
+    return fits or (channels > 1 and height * width <= 9)
+
+
+def _folded(first, second, solve, shapes, strides, pads):
+    (b, *sizes, ci), (*kernel, _, co), (_, *outputs, _) = shapes
+    taps = [-(-k // s) for k, s in zip(kernel, strides, strict=True)]
+    blocks = [n + t - 1 for n, t in zip(outputs, taps, strict=True)]
+    axes = list(zip(blocks, strides, sizes, pads, strict=True))
+    edges = [(low, n * s - size - low) for n, s, size, (low, _) in axes]
+    wide = strides[0] * strides[1] * ci
+
+    def folded(x):
+        return _pixels_to_channels(_pad(x, edges), blocks, strides)
+
+    def folded_kernel(w):
+        room = [(0, t * s - k) for t, s, k in zip(taps, strides, kernel, strict=True)]
+        w = jnp.moveaxis(jnp.pad(w, (*room, (0, 0), (0, 0))), 3, 0)
+        return jnp.moveaxis(_pixels_to_channels(w, taps, strides), 0, 3)
+
+    ones, none = (1, 1), ((0, 0), (0, 0))
+    if solve == "y":
+        return _xla(folded(first), folded_kernel(second), ones, none, 1)
+    if solve == "x":
+        shape = (b, *blocks, wide)
+        x = _scattered_products(first, folded_kernel(second), shape, ones, none)
+        return _pad(_channels_to_pixels(x, strides), [(-low, -high) for low, high in edges])
+    shape = (*taps, wide, co)
+    w = jnp.moveaxis(_cpu_kernel_gradient(folded(first), second, shape, ones, none, 1), 3, 0)
+    w = _channels_to_pixels(w, strides)[:, : kernel[0], : kernel[1]]
+    return jnp.moveaxis(w, 0, 3)
+
+
+def _pixels_to_channels(x, blocks, strides):
+    """[b, n s, m t, c] -> [b, n, m, s t c]."""
+    (height, width), (down, right) = blocks, strides
+    x = x.reshape(len(x), height, down, width, right, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(len(x), height, width, -1)
+
+
+def _channels_to_pixels(x, strides):
+    """[b, n, m, s t c] -> [b, n s, m t, c]."""
+    b, height, width, _ = x.shape
+    x = x.reshape(b, height, width, *strides, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height * strides[0], width * strides[1], -1)
 
 
 # Winograd's F(4, 3) along the height (Lavin and Gray 2016, section 4.3): tiles of six rows give
