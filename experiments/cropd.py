@@ -1,7 +1,7 @@
 """CRoPD: what a trained pre-processor in front of a frozen foundation model is worth, and costs.
 
-    python -m experiments.cropd                    # quick: cut-outs, one seed, PGD; minutes
-    python -m experiments.cropd --preset laptop    # three sets, three seeds, AutoAttack; many hours
+    python -m experiments.cropd                    # quick: emoji, one seed, PGD; minutes
+    python -m experiments.cropd --preset laptop    # three sets and seeds, AutoAttack on two; hours
     python -m experiments.cropd --preset paper     # CIFAR, SVHN, ImageNette, on accelerators
     python -m experiments.cropd --preset smoke     # seconds
 
@@ -9,8 +9,8 @@ EfficientNet-lite0 stays as published. Each row puts something in front of it an
 on clean features; "alf" trains the head adversarially, "aff" the whole model, which is what the
 pre-processor is meant to save. All are attacked white-box, through everything: PGD over a grid, and
 for the final rows AutoAttack's standard suite together with attacks on the code and the features,
-BPDA and transfer, per-example worst case. "Non-adaptive" is an attack on the bare model, shown to
-say how little it says. A run that is stopped goes on.
+BPDA and transfer, per-example worst case (cut-outs by PGD alone). "Non-adaptive" is an attack on
+the bare model, shown to say how little it says. A run that is stopped goes on.
 """
 
 import time
@@ -87,10 +87,12 @@ def objective_of(
         return training.denoising(sigma, mse=float(np.prod(shape)))
     weights = cropd.Weights(method.clean, method.contrast, method.denoising, method.displacement)
     radius = (problem.radius if method.radius is None else method.radius) * problem.eps
-    one_step = method.attack == "n_fgsm"
-    attack = jr.n_fgsm(radius) if one_step else jr.linf_pgd(radius, steps=config.attack_steps)
+    if method.attack == "n_fgsm":
+        attack = jr.n_fgsm(radius, noise=problem.spread)
+    else:
+        attack = jr.linf_pgd(radius, steps=config.attack_steps)
     return cropd.robust_autoencoder(
-        attack, weights=weights, form=method.form, temperature=method.temperature
+        attack, weights=weights, form=method.form, temperature=method.temperature, aim=method.aim
     )
 
 
@@ -208,7 +210,7 @@ def world_of(problem: Problem, config: Config) -> World:
     foundation, published = models.load_efficientnet_lite0()
     return World(
         problem, train.take(slice(problem.train_images)), test.take(slice(config.test_images)),
-        foundation, published, (config.side, config.side, 3),
+        foundation, published, (problem.side, problem.side, 3),
     )  # fmt: skip
 
 

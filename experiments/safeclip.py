@@ -286,6 +286,9 @@ def keys(config: Config) -> list[dict]:
         for attack in config.attacks
         if attack != CANARIES
         for method in config.methods
+        # Where nobody attacks, what a defence costs is the question.
+        if attack != NOTHING or method in (UNDEFENDED, CHOSEN)
+        if seed == first or not {attack, method} & set(config.single)
     ]
     found += [
         (attack, name, first)

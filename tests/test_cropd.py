@@ -128,9 +128,11 @@ def perturbed(objective, rows=slice(None), axis_name=None):
     return objective.perturb(context(axis_name, KEYS[rows]), jnp.asarray(IMAGES[rows]), None)[0]
 
 
-@pytest.mark.parametrize("form", ["reported", "alignment"])
-def test_the_attack_does_not_depend_on_the_batch(form):
-    objective = cropd.robust_autoencoder(ATTACK, form=form)
+@pytest.mark.parametrize(
+    "options", [{"form": "reported"}, {"form": "alignment"}, {"aim": "random"}], ids=str
+)
+def test_the_attack_does_not_depend_on_the_batch(options):
+    objective = cropd.robust_autoencoder(ATTACK, **options)
     whole = perturbed(objective)
     for rows in ([0, 1, 2], [5], [7, 3, 1, 0]):
         np.testing.assert_array_equal(perturbed(objective, np.array(rows)), whole[np.array(rows)])
@@ -162,6 +164,26 @@ def test_the_attack_climbs_away_from_the_clean_code():
     assert np.abs(found - IMAGES).max() <= 0.1 + 1e-6
     closeness = lambda x: np.diag(cosines(code_of(x), clean)).mean()  # noqa: E731
     assert closeness(found) < closeness(by_chance) - 0.01
+
+
+def test_an_attack_at_random_climbs_along_a_direction_of_its_own_in_each_image(monkeypatch):
+    directions = RANDOM.standard_normal(IMAGES.shape).astype(np.float32)
+    monkeypatch.setattr(cropd.objective, "_directions", lambda keys, shape: directions)
+    objective = cropd.robust_autoencoder(
+        attacks.fgsm(0.1, bounds=None), weights=Weights(0.0, 0.0, denoising=1.0), aim="random"
+    )
+    _, back = jax.vjp(lambda x: MODEL.apply(VARIABLES, x), jnp.asarray(IMAGES))
+    expected = IMAGES + 0.1 * np.sign(back(directions)[0])
+    np.testing.assert_allclose(perturbed(objective), expected, atol=1e-6)
+
+
+def test_random_directions_are_standard_normal_and_those_of_the_examples_keys():
+    found = cropd.objective._directions(jax.random.split(jax.random.key(2), 4000), SHAPE)
+    assert found.shape == (4000, *SHAPE)
+    assert abs(found.mean()) < 0.05
+    assert abs(np.cov(found.reshape(4000, -1).T) - np.eye(16)).max() < 0.12
+    some = cropd.objective._directions(KEYS[np.array([5, 2])], SHAPE)
+    np.testing.assert_array_equal(some, cropd.objective._directions(KEYS, SHAPE)[np.array([5, 2])])
 
 
 def params_after(objective, batch=None, count=2):
@@ -235,6 +257,7 @@ def test_held_anchors_get_no_gradient_from_the_contrastive_term():
     ("message", "options"),
     [
         ("form must be one of", {"form": "triplet"}),
+        ("aim must be one of", {"aim": "up"}),
         ("anchor_gradient must be one of", {"anchor_gradient": "none"}),
         ("temperature must be", {"temperature": 0.0}),
         ("weights.denoising must be", {"weights": Weights(denoising=-1.0)}),

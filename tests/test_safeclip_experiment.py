@@ -10,7 +10,16 @@ import pytest
 
 from experiments import plots_safeclip, safeclip, safeclip_evaluation
 from experiments.safeclip_evaluation import Judge, Watch
-from experiments.safeclip_settings import CANARIES, NOTHING, PRESETS, Attack, Config, Method
+from experiments.safeclip_settings import (
+    CANARIES,
+    CHOSEN,
+    NOTHING,
+    PRESETS,
+    UNDEFENDED,
+    Attack,
+    Config,
+    Method,
+)
 from jaxrobust import data, models
 from jaxrobust import safeclip as library
 from jaxrobust.data.pairs import Pairs
@@ -53,6 +62,23 @@ def test_the_most_useful_setting_that_stops_the_canaries_is_chosen():
         slow_rate_30=metrics(0, 11, top1=0.9),
     )
     assert safeclip.chosen(found, Config()) == "growth_0"
+
+
+def test_every_pair_of_attack_and_method_is_a_cell_but_for_those_of_one_seed_or_without_an_attack():
+    config = dataclasses.replace(Config(), seeds=(3, 4))
+    found = {tuple(key.values()) for key in safeclip.keys(config)}
+    assert len(found) == len(safeclip.keys(config))
+    assert {key for key in found if key[0] == CANARIES} == {
+        (CANARIES, name, 3) for name in config.candidates
+    }
+    judged = {key[:2] for key in found if key[0] != CANARIES}
+    unattacked = {(NOTHING, UNDEFENDED), (NOTHING, CHOSEN)}
+    attacks = set(config.attacks) - {CANARIES, NOTHING}
+    assert judged == unattacked | {(a, m) for a in attacks for m in config.methods}
+    once = {key[:2] for key in found if key[2] == 3} - {key[:2] for key in found if key[2] == 4}
+    assert once == {(a, m) for a, m in judged if {a, m} & set(config.single)} | {
+        (CANARIES, name) for name in config.candidates
+    }
 
 
 def test_without_a_setting_that_stops_them_the_one_that_lets_by_the_least_is_chosen():

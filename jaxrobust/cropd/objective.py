@@ -1,5 +1,6 @@
 """The training objective of CRoPD: rebuild images, and keep attacked ones where clean ones are."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrobust import losses
-from jaxrobust.attacks.inputs import check_number
+from jaxrobust.attacks.inputs import check_number, fold
 from jaxrobust.training import Context, Objective
 from jaxrobust.training.objectives import Schedule, check_scalable, scaled_attack
 
 FORMS = ("reported", "info_nce", "alignment")
+AIMS = ("loss", "random")
 ANCHOR_GRADIENTS = ("both", "adversarial")
+_DIRECTION = 0xD1
 
 
 class Weights(NamedTuple):
@@ -38,6 +41,7 @@ def robust_autoencoder(
     form: str = "reported",
     temperature: float = 0.5,
     anchor_gradient: str = "both",
+    aim: str = "loss",
     eps_schedule: Schedule | None = None,
 ) -> Objective:
     """An auto-encoder g = D(E(x)) whose code does not follow an attack; labels are not looked at.
@@ -49,7 +53,11 @@ def robust_autoencoder(
     L = (1 - cos(E(x'), E(x))) / t                                                  "alignment"
 
     The attack raises the terms with x' in them, together and per example. In the reported form and
-    in alignment that is the distance to the clean code alone, whatever else is in the batch.
+    in alignment that is the distance to the clean code alone, whatever else is in the batch. With
+    aim="random" it raises v . g(x') instead, for each example another v ~ N(0, I).
+
+    Why "random": a model behind the auto-encoder fails along the gradient of its own loss, which is
+    not known here, and the way in which rebuilding errs most is another: v stands for all of them.
 
     Args:
         attack: any gradient attack that starts at random, such as `linf_pgd(8 / 255, steps=10)`:
@@ -60,6 +68,7 @@ def robust_autoencoder(
         temperature: t > 0. Small ones push clean codes apart so hard that robustness is lost.
         anchor_gradient: "both", or "adversarial" to hold the clean code still in its similarity to
             the attacked one, as RoCL's code does; the reported form's second term still trains it.
+        aim: of the attack, "loss" or "random".
         eps_schedule: step -> factor on the attack's `eps`, as for `training.adversarial`.
 
     Returns:
@@ -73,24 +82,31 @@ def robust_autoencoder(
         ValueError: an unknown name, a weight < 0 or none > 0, temperature <= 0, or an attack that
             starts at x.
 
-    Source: CRoPD (arXiv:2504.10850), as its reviews give it.
+    Source: CRoPD (arXiv:2504.10850), as its reviews give it; aim="random" is ours.
     """
     weights = Weights() if weights is None else weights
-    _check(attack, weights, form, temperature, anchor_gradient)
+    _check(attack, weights, form, temperature, anchor_gradient, aim)
     check_scalable(attack, eps_schedule)
     terms = _Terms(weights, form, temperature, anchor_gradient)
     if not any(weights[1:]):
         return Objective(lambda context, images, labels: (images, context.extra, {}), terms.plain)
 
     def perturb(context: Context, images, labels):
-        code = _flat(context.apply(images, taps=("latent",))[1]["latent"])
+        if aim == "random":
+            args = (_directions(context.keys, images.shape[1:]),)
 
-        def loss_fn(x, images, code):
-            image, taps = context.apply(x, taps=("latent",))
-            return terms.attacked(image, _flat(taps["latent"]), images, code, context.axis_name)
+            def loss_fn(x, directions):
+                return (context.apply(x) * directions).sum((1, 2, 3))
+
+        else:
+            args = images, _flat(context.apply(images, taps=("latent",))[1]["latent"])
+
+            def loss_fn(x, images, code):
+                image, taps = context.apply(x, taps=("latent",))
+                return terms.attacked(image, _flat(taps["latent"]), images, code, context.axis_name)
 
         attacked = scaled_attack(attack, eps_schedule, context.step)(
-            loss_fn, images, context.keys, mask=context.mask, args=(images, code)
+            loss_fn, images, context.keys, mask=context.mask, args=args
         )
         return attacked, context.extra, {}
 
@@ -164,6 +180,11 @@ class _Terms(NamedTuple):
         return total
 
 
+def _directions(keys: Array, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
+    """For each example a direction of its own among images of this shape."""
+    return jax.vmap(partial(jax.random.normal, shape=shape))(fold(keys, _DIRECTION))
+
+
 def _flat(code: Float[Array, "b ..."]) -> Float[Array, "b d"]:
     return code.reshape(code.shape[0], -1)
 
@@ -178,9 +199,11 @@ def _closeness(code: Float[Array, "b d"], other: Float[Array, "b d"]) -> Float[A
     return (losses.unit_rows(code) * losses.unit_rows(other)).sum(1)
 
 
-def _check(attack, weights, form, temperature, anchor_gradient):
+def _check(attack, weights, form, temperature, anchor_gradient, aim):
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    if aim not in AIMS:
+        raise ValueError(f"aim must be one of {AIMS}, got {aim!r}")
     if anchor_gradient not in ANCHOR_GRADIENTS:
         raise ValueError(
             f"anchor_gradient must be one of {ANCHOR_GRADIENTS}, got {anchor_gradient!r}"
@@ -190,7 +213,7 @@ def _check(attack, weights, form, temperature, anchor_gradient):
         check_number(f"weights.{name}", value, low=0)
     if not any(weights):
         raise ValueError(f"weights must not all be 0, got {weights}")
-    if any(weights[1:]) and getattr(attack, "start", None) == "none":
+    if any(weights[1:]) and aim == "loss" and getattr(attack, "start", None) == "none":
         raise ValueError(
             "attack must start at random: at x the distance to x's code has no gradient, "
             "got start='none'"
