@@ -69,13 +69,15 @@ METHODS = {
 }
 
 
-def agreeing(share: float, growth: float = 0.01, **settings: Any) -> Method:
+def agreeing(
+    share: float, *, copies: int | None = None, growth: float = 0.01, **settings: Any
+) -> Method:
     """SAFECLIP that splits by agreement with neighbours, before any image has met a text."""
     settings = {
         "scoring": "agreement", "slow_epochs": 0, "threshold": 1 - share, "growth": growth,
         "bounds": (0.0, 1.0), **settings,
     }  # fmt: skip
-    return Method(settings=settings, splitter="by_rank")
+    return Method(settings=settings, splitter="by_rank", copies=copies)
 
 
 # Settings of SAFECLIP that canaries choose from: single changes, and those that helped together.
@@ -83,7 +85,6 @@ def agreeing(share: float, growth: float = 0.01, **settings: Any) -> Method:
 _FASTER = {"slow_rate": 3e-4, "growth": 0.05}
 CANDIDATES = {
     "safeclip_fixed": Method(),
-    "slow_rate_10": Method(settings={"slow_rate": 1e-4}),
     "slow_rate_30": Method(settings={"slow_rate": 3e-4}),
     "slow_epochs_3": Method(settings={"slow_epochs": 3}),
     "threshold_50": Method(settings={"threshold": 0.5}),
@@ -94,7 +95,8 @@ CANDIDATES = {
     "agreement_50": agreeing(0.5),
     "agreement_50_growth_5": agreeing(0.5, growth=0.05),
     "agreement_50_early": agreeing(0.5, growth=0.07, unimodal_epochs=3, cap=0.9),
-    "agreement_70_early": agreeing(0.7, growth=0.05, unimodal_epochs=3, cap=0.9),
+    "agreement_50_thinned": agreeing(0.5, copies=5, growth=0.03),
+    "agreement_50_early_thinned": agreeing(0.5, copies=5, growth=0.07, unimodal_epochs=3, cap=0.9),
 }
 
 
