@@ -1,5 +1,6 @@
 """The CRoPD experiment: attacks that know the defence meet what still stands; what tables say."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -282,15 +283,28 @@ def test_the_splits_of_a_preset_are_those_of_its_sets(name):
         assert problem.train_split.partition("[")[0] == "train"
 
 
+def test_the_noisy_step_begins_as_far_away_as_the_problem_says(monkeypatch):
+    problem = dataclasses.replace(PROBLEM, radius=3.0, spread=5.0)
+    made = {}
+    monkeypatch.setattr(
+        experiment.cropd, "robust_autoencoder", lambda attack, **options: made.update(a=attack)
+    )
+    experiment.objective_of(METHODS["recommended"], problem, CONFIG, SHAPE)
+    assert (made["a"].eps, made["a"].noise) == (pytest.approx(3 * EPS), 5.0)
+    experiment.objective_of(METHODS["recommended_eps"], problem, CONFIG, SHAPE)
+    assert made["a"].eps == pytest.approx(EPS)
+
+
 @pytest.mark.parametrize("name", ["autoencoder", "gaussian_dae", "reported", "recommended"])
 def test_every_preprocessor_is_trained_for_the_flops_of_the_reference(name):
+    config = dataclasses.replace(CONFIG, methods=METHODS)
     model = models.autoencoder(SHAPE, widths=(8,), latent_channels=2, latent_norm=True)
 
     def flops(name):
-        objective = experiment.objective_of(METHODS[name], PROBLEM, CONFIG, SHAPE)
-        return objective, experiment.flops(model, objective, CONFIG, SHAPE)
+        objective = experiment.objective_of(METHODS[name], PROBLEM, config, SHAPE)
+        return objective, experiment.flops(model, objective, config, SHAPE)
 
     objective, one = flops(name)
-    epochs = experiment.epochs_of(model, objective, PROBLEM, CONFIG, SHAPE)
-    assert epochs * one == pytest.approx(CONFIG.epochs * flops("recommended")[1], abs=one / 2)
-    assert (epochs == CONFIG.epochs) == (name == "recommended")
+    epochs = experiment.epochs_of(model, objective, PROBLEM, config, SHAPE)
+    assert epochs * one == pytest.approx(config.epochs * flops("recommended")[1], abs=one / 2)
+    assert (epochs == config.epochs) == (name == "recommended")
