@@ -61,7 +61,8 @@ def robust_autoencoder(
 
     Args:
         attack: any gradient attack that starts at random, such as `linf_pgd(8 / 255, steps=10)`:
-            at x itself the distance to x's code has no gradient.
+            at x itself the distance to x's code has no gradient. Its radius may well be several
+            times that of the attack to withstand; `n_fgsm` with wide noise is the cheapest.
         weights: of the terms; `Weights()` is the published loss. With nothing but `clean` no attack
             is made: a plain auto-encoder.
         form: "reported", "info_nce" or "alignment".
