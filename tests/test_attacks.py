@@ -122,15 +122,24 @@ def test_momentum_pgd_equals_numpy(norm):
     assert np.abs(without(wavy, X, args=(W,)) - x_adv).max() > 0.01
 
 
-def test_n_fgsm_equals_numpy():
+@pytest.mark.parametrize("start", ["uniform", "gaussian"])
+def test_n_fgsm_equals_numpy(start):
     eps, noise, step = 0.1, 1.5, 0.2
-    attack = attacks.n_fgsm(eps, noise=noise, step_size=step)
+    attack = attacks.n_fgsm(eps, noise=noise, step_size=step, start=start)
     x_adv = attack(wavy, X, KEY, MASK, (W,))
     keys = attacks.example_keys(KEY, SHAPE[0])
     x, w = np.float64(X), np.float64(W)
-    eta = np.float64(balls.ball("linf").sample(keys, jnp.float32(eps * noise), SHAPE))
+    if start == "uniform":
+        eta = np.float64(balls.ball("linf").sample(keys, jnp.float32(eps * noise), SHAPE))
+    else:
+        draw = jax.vmap(lambda key: jax.random.normal(key, SHAPE[1:]))
+        eta = eps * noise * np.float64(draw(keys))
     assert np.abs(eta).max() > eps
-    start = np.clip(x + eta * np.asarray(MASK), 0, 1)
+    start = x + eta * np.asarray(MASK)
+    assert start.min() < 0
+    assert start.max() > 1
+    if attack.start == "uniform":
+        start = np.clip(start, 0, 1)
     grad = 5 * w * np.cos(5 * start)
     expected = np.clip(start + step * np.sign(grad) * np.asarray(MASK), 0, 1)
     np.testing.assert_allclose(x_adv, expected, atol=1e-6)
@@ -143,6 +152,7 @@ EVERY = {
     **{norm: attacks.pgd(norm, 0.3, steps=3) for norm in NORMS},
     "momentum": attacks.linf_pgd(0.3, 3, momentum=0.9, start="gaussian"),
     "n_fgsm": attacks.n_fgsm(0.1),
+    "n_fgsm_gaussian": attacks.n_fgsm(0.1, start="gaussian"),
 }
 
 
@@ -166,7 +176,7 @@ def test_zero_eps_is_the_identity_and_a_flat_loss_is_no_nan(name):
     assert still(wavy, X, KEY, args=(W,)).tobytes() == X.tobytes()
     flat = EVERY[name](wavy, X, KEY, args=(0 * W,))
     assert np.all((flat >= 0) & (flat <= 1))
-    if name != "n_fgsm":
+    if not name.startswith("n_fgsm"):
         still = dataclasses.replace(EVERY[name], start="none")
         assert still(wavy, X, KEY, args=(0 * W,)).tobytes() == X.tobytes()
 

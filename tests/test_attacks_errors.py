@@ -43,6 +43,7 @@ def logits_fn(x):
         ),
         (lambda: attacks.n_fgsm(-0.1), "eps must be >= 0, got -0.1"),
         (lambda: attacks.n_fgsm(0.1, noise=-1.0), "noise must be >= 0, got -1"),
+        (lambda: attacks.n_fgsm(0.1, start="none"), "start must be .*, got 'none'"),
         (lambda: attacks.n_fgsm(0.1, step_size=-1.0), "step_size must be >= 0, got -1"),
         (lambda: attacks.restarts(attacks.fgsm(0.1), 0), "count must be >= 1, got 0"),
         (lambda: attacks.multi_targeted(attacks.fgsm(0.1), 0), "targets must be >= 1, got 0"),

@@ -157,7 +157,7 @@ def input_gradient(loss_fn: LossFn, x: Array, args: tuple = ()) -> Array:
     return jax.grad(total)(x)
 
 
-@attack_value(data=("eps", "noise", "step_size"), meta=("bounds",))
+@attack_value(data=("eps", "noise", "step_size"), meta=("start", "bounds"))
 class NFGSM:
     """Noisy FGSM, a one-step training perturbation; made by `n_fgsm`.
 
@@ -167,18 +167,25 @@ class NFGSM:
     ball of radius `eps`: the perturbation lies in one of radius noise * eps + step_size, which is
     what keeps one-step training from collapsing.
 
+    With start="gaussian", eta ~ N(0, (noise * eps)^2), and only delta is cut: for noise as wide as
+    the box. Where such an eta is cut before the step, all pixels at the border that the step takes
+    inwards end at one and the same value, and show what the step was.
+
     Attributes:
         eps: the radius that is trained for: a number, [b], or a map per pixel.
         noise: k, the width of the noise in units of eps.
         step_size: alpha; None stands for eps.
+        start: "uniform" or "gaussian".
         bounds: the box.
 
-    Source: de Jorge et al. 2022 (Make some noise), algorithm 1 with k = 2, alpha = eps.
+    Source: de Jorge et al. 2022 (Make some noise), algorithm 1 with k = 2, alpha = eps; the
+    Gaussian start is ours.
     """
 
     eps: Number
     noise: Number = 2.0
     step_size: Number | None = None
+    start: str = "uniform"
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __call__(
@@ -209,6 +216,9 @@ def _n_fgsm_start(attack, x, keys, mask):
         share = balls.broadcast_radius(mask, base, "mask")
         eps, step = eps * share, step * share
     room = box.room(base, attack.bounds)
+    if attack.start == "gaussian":
+        draw = jax.vmap(lambda key: jax.random.normal(key, base.shape[1:], base.dtype))
+        return base, eps, step, room, attack.noise * eps * draw(keys)
     eta = balls.ball("linf").sample(keys, attack.noise * eps, base.shape)
     return base, eps, step, room, jnp.clip(eta, *room)
 
@@ -284,14 +294,23 @@ def n_fgsm(
     *,
     noise: Number = 2.0,
     step_size: Number | None = None,
+    start: str = "uniform",
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> NFGSM:
     """Noisy FGSM for training; arguments as the attributes of `NFGSM`.
 
     Raises:
-        ValueError: a negative number, or bounds the wrong way round.
+        ValueError: a negative number, another start, or bounds the wrong way round.
     """
     inputs.check_number("eps", eps, low=0)
     inputs.check_number("noise", noise, low=0)
     inputs.check_number("step_size", step_size, low=0)
-    return NFGSM(eps=eps, noise=noise, step_size=step_size, bounds=inputs.check_bounds(bounds))
+    if start not in ("uniform", "gaussian"):
+        raise ValueError(f'start must be "uniform" or "gaussian", got {start!r}')
+    return NFGSM(
+        eps=eps,
+        noise=noise,
+        step_size=step_size,
+        start=start,
+        bounds=inputs.check_bounds(bounds),
+    )
