@@ -20,7 +20,7 @@ class Method:
     denoising: float = 0.0
     displacement: float = 0.0
     temperature: float = 0.5
-    attack: str = "pgd"  # or "n_fgsm", one step from uniform noise as wide as the problem says
+    attack: str = "pgd"  # or "n_fgsm", one step from Gaussian noise as wide as the problem says
     aim: str = "loss"  # of the attack, as of `cropd.robust_autoencoder`
     latent_channels: int | None = None  # None is the problem's own, as in the next one
     radius: float | None = None  # of the training's attack, in eps
@@ -37,17 +37,19 @@ METHODS = {
     "alignment": Method(contrast=10.0, form="alignment"),
     "adversarial_reconstruction": Method(clean=0.0, denoising=1.0),
     "adversarial_alignment": Method(clean=0.0, denoising=1.0, contrast=10.0, form="alignment"),
-    "recommended": Method(clean=0.0, denoising=1.0, attack="n_fgsm"),
+    "recommended": Method(clean=0.0, denoising=1.0, attack="n_fgsm", aim="random"),
     "denoised_smoothing": Method(kind="denoiser", sigma=0.12),
     "jpeg": Method(kind="jpeg", options={"quality": 50}),
     "total_variation": Method(kind="total_variation", options={"weight": 0.1}),
     "alf": Method(kind="alf"),
     "aff": Method(kind="aff"),
-    # What training within eps itself and a step along any direction are worth, and sweeps of the
-    # published form
+    # What training within eps itself and a step along the loss's own gradient are worth, and sweeps
+    # of the published form
     "reported_eps": Method(contrast=10.0, radius=1.0),
-    "recommended_eps": Method(clean=0.0, denoising=1.0, attack="n_fgsm", radius=1.0),
-    "recommended_random": Method(clean=0.0, denoising=1.0, attack="n_fgsm", aim="random"),
+    "recommended_eps": Method(
+        clean=0.0, denoising=1.0, attack="n_fgsm", aim="random", radius=1.0
+    ),
+    "recommended_loss": Method(clean=0.0, denoising=1.0, attack="n_fgsm"),
     "reported_lambda_1": Method(contrast=1.0),
     "reported_lambda_100": Method(contrast=100.0),
     "reported_tau_01": Method(contrast=10.0, temperature=0.1),
@@ -71,7 +73,7 @@ class Problem:
     widths: tuple[int, ...]
     latent_channels: int
     radius: float = 1.0  # of the training's attack, in eps
-    spread: float = 2.0  # of the noise that one noisy step begins from, in radii
+    spread: float = 2.0  # sigma of the noise that one noisy step begins from, in radii
     noise: float = 2.0  # the denoiser's sigma, in eps
     side: int = 64  # of the images that the foundation model sees
     train_images: int = 2000

@@ -124,7 +124,7 @@ def test_momentum_pgd_equals_numpy(norm):
 
 @pytest.mark.parametrize("start", ["uniform", "gaussian"])
 def test_n_fgsm_equals_numpy(start):
-    eps, noise, step = 0.1, 1.5, 0.2
+    eps, noise, step = 0.1, 4.0, 0.2
     attack = attacks.n_fgsm(eps, noise=noise, step_size=step, start=start)
     x_adv = attack(wavy, X, KEY, MASK, (W,))
     keys = attacks.example_keys(KEY, SHAPE[0])
