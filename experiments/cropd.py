@@ -92,8 +92,9 @@ def objective_of(
     else:
         attack = jr.linf_pgd(radius, steps=config.attack_steps)
     return cropd.robust_autoencoder(
-        attack, weights=weights, form=method.form, temperature=method.temperature, aim=method.aim
-    )
+        attack, weights=weights, form=method.form, temperature=method.temperature,
+        aim=method.aim or problem.aim,
+    )  # fmt: skip
 
 
 def epochs_of(model, objective, problem: Problem, config: Config, shape: tuple[int, ...]) -> int:
@@ -234,12 +235,13 @@ def neighbours(key, config: Config, world: World, options) -> dict[str, Built]:
 
 
 def keys(config: Config) -> list[dict]:
-    """All cells, seed by seed; rows that others are attacked from come first."""
+    """All cells, seed by seed, sweeps for the first; what others are attacked from comes first."""
     return [
         {"dataset": dataset, "method": method, "seed": seed, "eps": problem.eps}
         for seed in config.seeds
         for dataset, problem in config.problems.items()
         for method in config.methods
+        if seed == config.seeds[0] or not {dataset, method} & set(config.single)
     ]
 
 

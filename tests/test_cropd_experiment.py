@@ -283,16 +283,33 @@ def test_the_splits_of_a_preset_are_those_of_its_sets(name):
         assert problem.train_split.partition("[")[0] == "train"
 
 
-def test_the_noisy_step_begins_as_far_away_as_the_problem_says(monkeypatch):
-    problem = dataclasses.replace(PROBLEM, radius=3.0, spread=5.0)
+@pytest.mark.parametrize("aim", ["loss", "random"])
+def test_the_noisy_step_begins_and_goes_where_the_problem_says(aim, monkeypatch):
+    problem = dataclasses.replace(PROBLEM, radius=3.0, spread=5.0, aim=aim)
     made = {}
     monkeypatch.setattr(
-        experiment.cropd, "robust_autoencoder", lambda attack, **options: made.update(a=attack)
+        experiment.cropd,
+        "robust_autoencoder",
+        lambda attack, **options: made.update(a=attack, aim=options["aim"]),
     )
     experiment.objective_of(METHODS["recommended"], problem, CONFIG, SHAPE)
     assert (made["a"].eps, made["a"].noise) == (pytest.approx(3 * EPS), 5.0)
+    assert (made["a"].start, made["aim"]) == ("gaussian", aim)
     experiment.objective_of(METHODS["recommended_eps"], problem, CONFIG, SHAPE)
-    assert made["a"].eps == pytest.approx(EPS)
+    assert (made["a"].eps, made["aim"]) == (pytest.approx(EPS), aim)
+    for row in ("loss", "random"):
+        experiment.objective_of(METHODS[f"recommended_{row}"], problem, CONFIG, SHAPE)
+        assert made["aim"] == row
+
+
+def test_sweeps_are_run_for_the_first_seed_alone():
+    config = PRESETS["laptop"]
+    seeds = {}
+    for key in experiment.keys(config):
+        seeds.setdefault((key["dataset"], key["method"]), []).append(key["seed"])
+    assert seeds["emoji", "recommended"] == seeds["mnist5k", "gaussian_dae"] == [0, 1, 2]
+    assert seeds["emoji", "reported_lambda_1"] == seeds["cutouts", "recommended"] == [0]
+    assert len(seeds) == len(config.problems) * len(config.methods)
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "gaussian_dae", "reported", "recommended"])
