@@ -88,7 +88,7 @@ def objective_of(
     weights = cropd.Weights(method.clean, method.contrast, method.denoising, method.displacement)
     radius = (problem.radius if method.radius is None else method.radius) * problem.eps
     if method.attack == "n_fgsm":
-        attack = jr.n_fgsm(radius, noise=problem.spread, start="gaussian")
+        attack = jr.n_fgsm(radius, noise=problem.spread, start=problem.start)
     else:
         attack = jr.linf_pgd(radius, steps=config.attack_steps)
     return cropd.robust_autoencoder(

@@ -20,7 +20,7 @@ class Method:
     denoising: float = 0.0
     displacement: float = 0.0
     temperature: float = 0.5
-    attack: str = "pgd"  # or "n_fgsm", one step from Gaussian noise as wide as the problem says
+    attack: str = "pgd"  # or "n_fgsm", one step from noise as the problem says
     aim: str | None = "loss"  # of the attack, as of `cropd.robust_autoencoder`; None: the problem's
     latent_channels: int | None = None  # None is the problem's own, as in the next one
     radius: float | None = None  # of the training's attack, in eps
@@ -74,7 +74,8 @@ class Problem:
     widths: tuple[int, ...]
     latent_channels: int
     radius: float = 1.0  # of the training's attack, in eps
-    spread: float = 2.0  # sigma of the noise that one noisy step begins from, in radii
+    start: str = "gaussian"  # the noise that one noisy step begins from, as of `jr.n_fgsm`
+    spread: float = 2.0  # its width, in radii
     aim: str = "random"  # of that step
     noise: float = 2.0  # the denoiser's sigma, in eps
     side: int = 64  # of the images that the foundation model sees
@@ -95,7 +96,8 @@ PROBLEMS = {
     ),
     "mnist5k": Problem(
         dataset="mnist5k", eps=0.1, widths=(16, 32), patch=2, latent_channels=8, radius=2.0,
-        spread=1.5, aim="loss", noise=9.0, side=48, train_images=1000, shift=1, flip=False,
+        start="uniform", spread=2.0, aim="loss", noise=9.0, side=48, train_images=1000, shift=1,
+        flip=False,
     ),
     "cutouts": Problem(
         dataset="cutouts", eps=4 / 255, widths=(32, 64), patch=2, latent_channels=16, radius=6.0,

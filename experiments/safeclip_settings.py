@@ -35,7 +35,7 @@ ATTACKS = {
     "targeted_views": Attack(targets=16, per_target=30, views=0.5),
     "badnets": Attack(trigger="badnets", options={"size": 8 / 32}, rate=300),
     "blended": Attack(trigger="blended", options={"alpha": 0.4}, rate=300),
-    "wanet": Attack(trigger="wanet", options={"strength": 4.0}, rate=300),
+    "wanet": Attack(trigger="wanet", options={"strength": 4.0}, rate=450),
     CANARIES: Attack(targets=16, per_target=30, rate=300),
 }
 

@@ -2,11 +2,10 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 
 from pathlib import Path
 
@@ -14,6 +13,25 @@ import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+# Nearly all of the time goes into compiling small programs: with fewer optimisations, and loops
+# emitted in the elder way, it takes half.
+QUICK = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+
+
+def _known(flags):
+    """XLA ends a process that names a flag it does not have."""
+    probe = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = os.environ | {"XLA_FLAGS": flags}
+    return subprocess.run(probe, env=environment, capture_output=True).returncode == 0
+
+
+# Read when the first program is compiled. A worker finds its parent's.
+given, eight = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
+if eight not in given:
+    os.environ["XLA_FLAGS"] = " ".join([given, eight, QUICK if _known(QUICK) else ""])
+# Where programs that say the same in other words must agree bit for bit: as users compile them.
+AS_SHIPPED = {"xla_cpu_use_fusion_emitters": True} if QUICK in os.environ["XLA_FLAGS"] else {}
 
 jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrobust/xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -283,9 +283,9 @@ def test_the_splits_of_a_preset_are_those_of_its_sets(name):
         assert problem.train_split.partition("[")[0] == "train"
 
 
-@pytest.mark.parametrize("aim", ["loss", "random"])
-def test_the_noisy_step_begins_and_goes_where_the_problem_says(aim, monkeypatch):
-    problem = dataclasses.replace(PROBLEM, radius=3.0, spread=5.0, aim=aim)
+@pytest.mark.parametrize(("start", "aim"), [("uniform", "loss"), ("gaussian", "random")])
+def test_the_noisy_step_begins_and_goes_where_the_problem_says(start, aim, monkeypatch):
+    problem = dataclasses.replace(PROBLEM, radius=3.0, start=start, spread=5.0, aim=aim)
     made = {}
     monkeypatch.setattr(
         experiment.cropd,
@@ -294,7 +294,7 @@ def test_the_noisy_step_begins_and_goes_where_the_problem_says(aim, monkeypatch)
     )
     experiment.objective_of(METHODS["recommended"], problem, CONFIG, SHAPE)
     assert (made["a"].eps, made["a"].noise) == (pytest.approx(3 * EPS), 5.0)
-    assert (made["a"].start, made["aim"]) == ("gaussian", aim)
+    assert (made["a"].start, made["aim"]) == (start, aim)
     experiment.objective_of(METHODS["recommended_eps"], problem, CONFIG, SHAPE)
     assert (made["a"].eps, made["aim"]) == (pytest.approx(EPS), aim)
     for row in ("loss", "random"):

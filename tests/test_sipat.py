@@ -25,6 +25,7 @@ from jaxrobust.training import (
     train_step,
     with_awp,
 )
+from tests.conftest import AS_SHIPPED
 
 SHAPE, BATCH, CLASSES, EPS = (4, 5, 2), 8, 3, 0.1
 RANDOM = np.random.default_rng(0)
@@ -194,7 +195,10 @@ def trained(objective, maps=None, steps=2, mapping=None, **options):
     optimizer = sgd(0.1)
     step = train_step(NET, optimizer, objective, **options)
     state = create_state(NET, optimizer, jax.random.key(1), SHAPE, extra=objective.extra)
-    run = jax.jit(step) if mapping is None else parallel.data_parallel(step, mapping=mapping)
+    if mapping is None:
+        run = jax.jit(step, compiler_options=AS_SHIPPED)
+    else:
+        run = parallel.data_parallel(step, mapping=mapping)
     for _ in range(steps):
         state, metrics = run(state, batch_with(maps))
     return state.params, jax.tree.map(float, metrics)
