@@ -30,6 +30,8 @@ def _known(flags):
 given, eight = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
 if eight not in given:
     os.environ["XLA_FLAGS"] = " ".join([given, eight, QUICK if _known(QUICK) else ""])
+# For a process of its own devices.
+CHILD_FLAGS = os.environ["XLA_FLAGS"].replace(eight, "")
 # Where programs that say the same in other words must agree bit for bit: as users compile them.
 AS_SHIPPED = {"xla_cpu_use_fusion_emitters": True} if QUICK in os.environ["XLA_FLAGS"] else {}
 

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrobust import checkpoint
 from jaxrobust.checkpoint import CheckpointError, atomic_write, latest_step, restore, save
+from tests.conftest import CHILD_FLAGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -440,9 +441,7 @@ def test_two_processes_save_together_and_one_restores(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu"
-    }
+    environment = os.environ | {"XLA_FLAGS": CHILD_FLAGS, "JAX_PLATFORMS": "cpu"}
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", ONE_OF_TWO, str(tmp_path / "run"), address, str(process)],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import common, plots, tables
+from tests.conftest import CHILD_FLAGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -30,8 +31,7 @@ experiment.main(smoke, common.arguments("", {{"smoke": smoke}}, "smoke"))
 
 
 def environment():
-    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**variables, "MPLBACKEND": "agg"}
+    return os.environ | {"XLA_FLAGS": CHILD_FLAGS, "MPLBACKEND": "agg"}
 
 
 def start(out):

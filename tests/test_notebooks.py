@@ -6,6 +6,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.conftest import CHILD_FLAGS
+
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments" / "colab"
 
 
@@ -14,7 +16,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "experiments" / "colab"
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch):
     # The kernel is a process of its own, with its own devices.
-    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("XLA_FLAGS", CHILD_FLAGS)
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(

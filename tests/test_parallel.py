@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrobust import parallel
+from tests.conftest import CHILD_FLAGS
 
 BATCH = 16
 X = np.random.default_rng(0).normal(size=(BATCH, 3)).astype(np.float32)
@@ -250,8 +251,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     root = Path(__file__).parent.parent
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(root)
+    environment = os.environ | {"XLA_FLAGS": CHILD_FLAGS, "PYTHONPATH": str(root)}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     workers = [
