@@ -11,6 +11,10 @@ from experiments.plots_sipat import eps_text, panels, points
 from jaxrobust import metrics
 
 COSTLY = ("alf", "aff")
+QUOTED = (
+    "clean %", "worst case %", "non-adaptive % (says nothing)", "alarms", "training TFLOP", "s",
+    "seeds",
+)  # fmt: skip
 COSTS = ("train_flops", "train_seconds")
 BOUND = {
     "clean_loss": "clean loss",
@@ -22,39 +26,71 @@ BOUND = {
 def table(path: Path) -> str:
     """The Markdown table: one row per data set and method, what was not run said so."""
     record = read(path)
-    config, rows = record["config"], rows_of(record, "dataset", "method")
-    steps = config["pgd_steps"]
+    config = record["config"]
     parts = []
-    for dataset, problem in config["problems"].items():
-        header = [
-            f"{dataset}, linf {eps_text(problem['eps'])}",
-            "clean %", f"PGD-{steps} %", "worst case %",
-            "non-adaptive % (says nothing)", "alarms", "training TFLOP", "s", "ms, batch 1 / 64",
-            "seeds",
-        ]  # fmt: skip
-        lines = []
-        for method in config["methods"]:
-            cells = rows.get((dataset, method))
-            if not cells:
-                lines.append([method, *["not run"] * (len(header) - 1)])
-                continue
-            of = lambda name, cells=cells: [c[name] for c in cells if name in c]  # noqa: E731
-            pgd = [found[1] for found in of(f"pgd{steps}_accuracy")]
-            robust, flops, seconds = of("robust_accuracy"), of("train_flops"), of("train_seconds")
-            alarms = sorted({flag for flags in of("card_flags") for flag in flags})
-            times = [f"{np.median(of(f'milliseconds_batch_{size}')):.1f}" for size in (1, 64)]
-            lines.append(
-                [
-                    method, spread(of("clean_accuracy")), spread(pgd),
-                    spread(robust) if robust else "not run", spread(of("nonadaptive_accuracy")),
-                    ", ".join(alarms) if of("card_flags") else "not run",
-                    f"{np.median(flops) / 1e12:.1f}" if flops else "0",
-                    f"{np.median(seconds):.0f}" if seconds else "",
-                    " / ".join(times), str(len(cells)),
-                ]
-            )  # fmt: skip
-        parts.append(markdown(header, lines))
+    for dataset in config["problems"]:
+        found = run_rows(record, dataset)
+        names = list(next(iter(found.values()), {"clean %": ""}))
+        lines = [
+            [name, *(found[name].values() if name in found else ["not run"] * len(names))]
+            for name in config["methods"]
+        ]
+        parts.append(markdown([title(config, dataset), *names], lines))
     return "\n\n".join(parts)
+
+
+def readme_table(path: Path) -> str:
+    """The rows that were run, in the columns that the README quotes; the others are named."""
+    record = read(path)
+    config = record["config"]
+    parts = []
+    for dataset in config["problems"]:
+        found = run_rows(record, dataset)
+        if not found:
+            parts.append(f"{dataset}: not run.")
+            continue
+        lines = [[name, *(cells[column] for column in QUOTED)] for name, cells in found.items()]
+        part = markdown([title(config, dataset), *QUOTED], lines)
+        missing = [name for name in config["methods"] if name not in found]
+        if missing:
+            part += f"\n\nNot run there: {', '.join(missing)}."
+        parts.append(part)
+    return "\n\n".join(parts)
+
+
+def run_rows(record: dict, dataset: str) -> dict[str, dict[str, str]]:
+    """Columns of the methods that were run on a data set, in the configuration's order."""
+    config, rows = record["config"], rows_of(record, "dataset", "method")
+    return {
+        name: columns(rows[dataset, name], config["pgd_steps"])
+        for name in config["methods"]
+        if (dataset, name) in rows
+    }
+
+
+def title(config: dict, dataset: str) -> str:
+    """A data set and its threat."""
+    return f"{dataset}, linf {eps_text(config['problems'][dataset]['eps'])}"
+
+
+def columns(cells: list[dict], steps: int) -> dict[str, str]:
+    """A row's figures by column: mean and spread over seeds, medians of costs."""
+    of = lambda name: [cell[name] for cell in cells if name in cell]  # noqa: E731
+    pgd = [found[1] for found in of(f"pgd{steps}_accuracy")]
+    robust, flops, seconds = of("robust_accuracy"), of("train_flops"), of("train_seconds")
+    alarms = sorted({flag for flags in of("card_flags") for flag in flags})
+    times = [f"{np.median(of(f'milliseconds_batch_{size}')):.1f}" for size in (1, 64)]
+    return {
+        "clean %": spread(of("clean_accuracy")),
+        f"PGD-{steps} %": spread(pgd),
+        "worst case %": spread(robust) if robust else "not run",
+        "non-adaptive % (says nothing)": spread(of("nonadaptive_accuracy")),
+        "alarms": ", ".join(alarms) if of("card_flags") else "not run",
+        "training TFLOP": f"{np.median(flops) / 1e12:.1f}" if flops else "0",
+        "s": f"{np.median(seconds):.0f}" if seconds else "",
+        "ms, batch 1 / 64": " / ".join(times),
+        "seeds": str(len(cells)),
+    }
 
 
 def outcomes_of(cells: list[dict], row: int | None) -> np.ndarray:

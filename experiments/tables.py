@@ -36,7 +36,7 @@ MAKERS = {
     "bench_minimal": bench_minimal.table,
     "autoattack_benchmark": autoattack_benchmark.table,
     "certify": plots_certify.certified_table,
-    "cropd": plots_cropd.table,
+    "cropd": plots_cropd.readme_table,
     "safeclip": plots_safeclip.table,
     "sipat": plots_sipat.readme_table,
 }

@@ -266,6 +266,9 @@ def test_the_table_says_what_was_not_run(results):
     lines = plots_cropd.table(results).splitlines()
     assert lines[-1] == "| aff |" + 9 * " not run |"
     assert "37.5 ± 0.0" in lines[-2]
+    lines = plots_cropd.readme_table(results).splitlines()
+    assert lines[-1] == "Not run there: aff."
+    assert "37.5 ± 0.0" in lines[-3]
 
 
 @pytest.mark.parametrize("name", PRESETS)
