@@ -17,6 +17,15 @@ from jaxrobust.metrics import wilson_interval
 from jaxrobust.safeclip import triggers
 
 ENOUGH, LITTLE, USEFUL = 0.8, 0.1, 0.9
+COLUMNS = (
+    "success %", "Wilson, all seeds", "unpoisoned %", "triggered, true class %",
+    "zero-shot top-1 / 5 %", "other style, top-1 %", "retrieval R@5 %", "probe %",
+    "poisons kept %", "AUROC", "s per epoch", "seeds",
+)  # fmt: skip
+QUOTED = (
+    "success %", "Wilson, all seeds", "unpoisoned %", "zero-shot top-1 / 5 %", "retrieval R@5 %",
+    "poisons kept %", "seeds",
+)  # fmt: skip
 CREDIT = "Emoji: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
 
 
@@ -24,16 +33,11 @@ def table(path: Path) -> str:
     """One row per attack and method; what was not run is said so."""
     record = read(path)
     config, rows = record["config"], rows_of(record, "attack", "method")
-    header = [
-        "attack", "training", "success %", "Wilson, all seeds", "unpoisoned %",
-        "triggered, true class %",
-        "zero-shot top-1 / 5 %", "other style, top-1 %", "retrieval R@5 %",
-        "probe %", "poisons kept %", "AUROC", "s per epoch", "seeds",
-    ]  # fmt: skip
+    header = ["attack", "training", *COLUMNS]
 
     def line(attack: str, method: str) -> list[str]:
         cells = rows.get((attack, method))
-        found = columns(cells) if cells else ["not run"] * (len(header) - 2)
+        found = columns(cells) if cells else ["not run"] * len(COLUMNS)
         return [attack, method, *found]
 
     attacks, candidates = config["attacks"], config.get("candidates", ())
@@ -53,6 +57,31 @@ def table(path: Path) -> str:
     single = [line(a, name) for a in config.get("ablated", ()) for name in candidates]
     if single:
         parts.append(markdown(header, single))
+    return "\n\n".join(parts)
+
+
+def readme_table(path: Path) -> str:
+    """What was run of the attacks, in fewer columns, and the verdict; the other rows are named."""
+    record = read(path)
+    config, rows = record["config"], rows_of(record, "attack", "method")
+    lines, missing = [], defaultdict(list)
+    for attack in config["attacks"]:
+        if attack == CANARIES:
+            continue
+        absent = []
+        for method in config["methods"]:
+            if (attack, method) in rows:
+                found = dict(zip(COLUMNS, columns(rows[attack, method]), strict=True))
+                lines.append([attack, method, *(found[name] for name in QUOTED)])
+            elif attack != NOTHING:  # where few were meant to be run
+                absent.append(method)
+        missing[tuple(absent)].append(attack)
+    parts = [markdown(["attack", "training", *QUOTED], lines), verdict(path)]
+    parts += [
+        f"Not run against {', '.join(attacks)}: {', '.join(absent)}."
+        for absent, attacks in missing.items()
+        if absent
+    ]
     return "\n\n".join(parts)
 
 

@@ -37,7 +37,7 @@ MAKERS = {
     "autoattack_benchmark": autoattack_benchmark.table,
     "certify": plots_certify.certified_table,
     "cropd": plots_cropd.readme_table,
-    "safeclip": plots_safeclip.table,
+    "safeclip": plots_safeclip.readme_table,
     "sipat": plots_sipat.readme_table,
 }
 

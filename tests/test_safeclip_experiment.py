@@ -252,6 +252,10 @@ def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
     assert "| badnets | roclip | not run |" in first
     assert "| canaries | growth_0 | 0.0 / 4.0 |" in second
     assert "| targeted | growth_0 | not run |" in third
+    quoted = plots_safeclip.readme_table(path)
+    assert "| targeted | clip_augmented | 87.5 ± 17.7 | 71.9 to 95.0 |" in quoted
+    assert "canaries" not in quoted
+    assert "Not run against targeted: safeclip_fixed, roclip." in quoted
 
 
 def test_poisons_kept_are_those_in_the_last_safe_set_of_all_that_were_planted(tmp_path):
