@@ -188,7 +188,7 @@ def usefulness(cells: list[dict], rivals: list[dict]) -> list[float]:
 
 
 def histograms(path: Path) -> None:
-    """Similarities at the first split with the fitted mixture, one panel per attack."""
+    """Scores at the first split with the fitted mixture, one panel per attack."""
     record = read(path)
     found = {}
     for cell in record["cells"]:
@@ -205,9 +205,7 @@ def histograms(path: Path) -> None:
             axis.bar(places, histogram[name], width, color=colour, alpha=0.6, label=name)
         total = sum(histogram["clean"]) + sum(histogram["poisons"])
         axis.plot(places, total * width * density_of(histogram["mixture"], places), "k-", lw=1)
-        axis.set(
-            title=f"{attack}, {method}", xlabel="similarity of image and caption", yscale="log"
-        )
+        axis.set(title=f"{attack}, {method}", xlabel="score of a pair", yscale="log")
         axis.set_ylim(bottom=0.5)
         used = places[np.array(histogram["clean"]) + np.array(histogram["poisons"]) > 0]
         axis.set_xlim(used.min() - 0.05, used.max() + 0.05)

@@ -11,7 +11,7 @@ from jaxrobust.data.pairs import Pairs
 from jaxrobust.safeclip import metrics, triggers
 from jaxrobust.safeclip.manifest import Manifest, poisoned
 
-BINS = np.linspace(-1, 1, 81)
+BINS = 80
 
 
 class Judge(NamedTuple):
@@ -192,10 +192,12 @@ class Watch(NamedTuple):
         found = caught(trust.safe, -trust.scores, self.is_poison)
         if epoch == self.recipe.first_mixed:
             mixture, _ = safeclip.fit_mixture(trust.scores)
+            # Agreement is a sum of standard scores: no bounds are known beforehand.
+            edges = np.linspace(trust.scores.min(), trust.scores.max(), BINS + 1)
             found["histogram"] = {
-                "edges": BINS.tolist(),
-                "clean": np.histogram(trust.scores[~self.is_poison], BINS)[0].tolist(),
-                "poisons": np.histogram(trust.scores[self.is_poison], BINS)[0].tolist(),
+                "edges": edges.tolist(),
+                "clean": np.histogram(trust.scores[~self.is_poison], edges)[0].tolist(),
+                "poisons": np.histogram(trust.scores[self.is_poison], edges)[0].tolist(),
                 "mixture": {**mixture._asdict(), "bimodal": mixture.is_bimodal},
             }
         return found

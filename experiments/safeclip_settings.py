@@ -99,6 +99,10 @@ CANDIDATES = {
     "agreement_50_early_thinned": agreeing(0.5, copies=5, growth=0.07, unimodal_epochs=3, cap=0.9),
     "agreement_50_wide_thinned": agreeing(0.5, copies=5, growth=0.07, unimodal_epochs=3, cap=0.97),
     "agreement_50_soon_thinned": agreeing(0.5, copies=5, growth=0.1, unimodal_epochs=2, cap=0.95),
+    # The pairs that are not trusted are left out, and epochs added until it costs as much again.
+    "agreement_50_long_thinned": agreeing(
+        0.5, copies=5, growth=0.05, unimodal_epochs=3, cap=0.9, train_risky=False, epochs=24
+    ),
     "agreement_70_early_thinned": agreeing(0.7, copies=5, growth=0.03, unimodal_epochs=3, cap=0.95),
 }
 

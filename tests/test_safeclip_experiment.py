@@ -161,7 +161,7 @@ def test_poisons_have_captions_of_their_class_from_the_data_or_sentences(world, 
 def test_the_watch_counts_poisons_in_the_safe_set_from_the_split_on():
     recipe = library.Recipe(epochs=4, unimodal_epochs=1, slow_epochs=1)
     is_poison = np.array([False] * 8 + [True] * 2)
-    scores = np.r_[np.linspace(0.1, 0.9, 8), -0.5, 0.95]
+    scores = np.r_[np.linspace(0.1, 0.9, 8), -2.5, 0.95]
     safe = scores > 0.5
     trust = library.Trust(scores, scores, safe)
     watch = Watch(is_poison, recipe)
