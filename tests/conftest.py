@@ -32,8 +32,8 @@ if eight not in given:
     os.environ["XLA_FLAGS"] = " ".join([given, eight, QUICK if _known(QUICK) else ""])
 # For a process of its own devices.
 CHILD_FLAGS = os.environ["XLA_FLAGS"].replace(eight, "")
-# Where programs that say the same in other words must agree bit for bit: as users compile them.
-AS_SHIPPED = {"xla_cpu_use_fusion_emitters": True} if QUICK in os.environ["XLA_FLAGS"] else {}
+# Where two programs must round alike.
+EMITTERS = {"xla_cpu_use_fusion_emitters": True} if QUICK in os.environ["XLA_FLAGS"] else {}
 
 jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrobust/xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

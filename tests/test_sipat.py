@@ -25,7 +25,7 @@ from jaxrobust.training import (
     train_step,
     with_awp,
 )
-from tests.conftest import AS_SHIPPED
+from tests.conftest import EMITTERS
 
 SHAPE, BATCH, CLASSES, EPS = (4, 5, 2), 8, 3, 0.1
 RANDOM = np.random.default_rng(0)
@@ -196,7 +196,7 @@ def trained(objective, maps=None, steps=2, mapping=None, **options):
     step = train_step(NET, optimizer, objective, **options)
     state = create_state(NET, optimizer, jax.random.key(1), SHAPE, extra=objective.extra)
     if mapping is None:
-        run = jax.jit(step, compiler_options=AS_SHIPPED)
+        run = jax.jit(step, compiler_options=EMITTERS)
     else:
         run = parallel.data_parallel(step, mapping=mapping)
     for _ in range(steps):
