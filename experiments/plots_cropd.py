@@ -19,38 +19,36 @@ BOUND = {
 }
 
 
-def table(path: Path) -> str:
-    """The Markdown table: one row per data set and method, what was not run said so."""
+def table(path: Path, *, every: bool = True) -> str:
+    """The Markdown table: one row per data set and method, what was not run said so.
+
+    Without `every`, what was not run is named in one line instead.
+    """
     record = read(path)
     config = record["config"]
     parts = []
     for dataset in config["problems"]:
         found = run_rows(record, dataset)
-        names = list(next(iter(found.values()), {"clean %": ""}))
-        lines = [
-            [name, *(found[name].values() if name in found else ["not run"] * len(names))]
-            for name in config["methods"]
-        ]
-        parts.append(markdown([title(config, dataset), *names], lines))
+        missing = [name for name in config["methods"] if name not in found]
+        if not found and not every:
+            parts.append(f"{dataset}: not run.")
+            continue
+        header = list(next(iter(found.values()), {"clean %": ""}))
+        shown = {name: list(row.values()) for name, row in found.items()}
+        if every:
+            shown |= {name: ["not run"] * len(header) for name in missing}
+        names = [name for name in config["methods"] if name in shown]
+        parts.append(
+            markdown([title(config, dataset), *header], [[name, *shown[name]] for name in names])
+        )
+        if missing and not every:
+            parts.append(f"Not run there: {', '.join(missing)}.")
     return "\n\n".join(parts)
 
 
 def readme_table(path: Path) -> str:
-    """The same for the README: what was not run is named in one line."""
-    record = read(path)
-    config = record["config"]
-    parts = []
-    for dataset in config["problems"]:
-        found = run_rows(record, dataset)
-        if not found:
-            parts.append(f"{dataset}: not run.")
-            continue
-        header = [title(config, dataset), *next(iter(found.values()))]
-        parts.append(markdown(header, [[name, *row.values()] for name, row in found.items()]))
-        missing = [name for name in config["methods"] if name not in found]
-        if missing:
-            parts.append(f"Not run there: {', '.join(missing)}.")
-    return "\n\n".join(parts)
+    """The rows that were run; the README names the others."""
+    return table(path, every=False)
 
 
 def run_rows(record: dict, dataset: str) -> dict[str, dict[str, str]]:
