@@ -51,6 +51,14 @@ def rows_of(record: dict, *fields: str) -> dict[tuple, list[dict]]:
     return rows
 
 
+def seeds_of(record: dict, *fields: str) -> dict[tuple, dict[int, dict]]:
+    """Like `rows_of`, metrics by seed: unfinished rows are compared on the seeds of both."""
+    rows = defaultdict(dict)
+    for cell in record["cells"]:
+        rows[tuple(cell["key"][name] for name in fields)][cell["key"]["seed"]] = cell["metrics"]
+    return rows
+
+
 def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds, in percent."""
     mean = percent(float(np.mean(values)))

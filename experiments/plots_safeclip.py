@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import common
 from experiments.common import markdown, percent
-from experiments.plots import read, rows_of, spread
+from experiments.plots import read, rows_of, seeds_of, spread
 from experiments.plots_sipat import panels
 from experiments.safeclip_settings import CANARIES, NOTHING, UNDEFENDED, Config
 from jaxrobust.data.pairs import Pairs
@@ -143,46 +143,55 @@ def verdict(path: Path) -> str:
 
     A defence counts only where the attack succeeds without one, on every seed. Usefulness is
     zero-shot accuracy and retrieval in units of the undefended network's: of the one that met the
-    same poisons, and of the one that met none, by which it is judged where it was trained.
+    same poisons, and of the one that met none, by which it is judged where it was trained; on the
+    seeds that both were run on.
     """
     record = read(path)
-    rows, lines = rows_of(record, "attack", "method"), []
-    unpoisoned = rows.get((NOTHING, UNDEFENDED))
+    rows, lines = seeds_of(record, "attack", "method"), []
+    unpoisoned = rows.get((NOTHING, UNDEFENDED), {})
     for attack in record["config"]["attacks"]:
         bare = rows.get((attack, UNDEFENDED))
         if attack in (CANARIES, NOTHING) or not bare:
             continue
-        kind = "targeted" if "targeted" in bare[0] else "backdoor"
-        works = min(share_of(cell, kind)["estimate"] for cell in bare) >= ENOUGH
+        kind = "targeted" if "targeted" in next(iter(bare.values())) else "backdoor"
+        works = min(share_of(cell, kind)["estimate"] for cell in bare.values()) >= ENOUGH
         for method in record["config"]["methods"]:
             cells = rows.get((attack, method))
             if method == UNDEFENDED or not cells:
                 continue
-            shares = [share_of(cell, kind) for cell in cells]
+            shares = [share_of(cell, kind) for cell in cells.values()]
             rates = [share["estimate"] for share in shares]
-            useful = [usefulness(cells, rivals) for rivals in (bare, unpoisoned) if rivals]
+            useful = [usefulness(cells, rivals) for rivals in (bare, unpoisoned)]
+            judged = useful[1] or useful[0]
             lines.append(
                 [
                     attack, "yes" if works else "**no**", method, percent(np.mean(rates)),
                     percent(max(rates)), percent(interval(shares)[1]),
                     "yes" if np.mean(rates) <= LITTLE else "no",
-                    *(" / ".join(percent(value, 0) for value in found) for found in useful),
-                    *["not run"] * (2 - len(useful)),
-                    "yes" if min(useful[-1]) >= USEFUL else "no",
+                    *(" / ".join(percent(value, 0) for value in found) or "not run"
+                      for found in useful),
+                    ("yes" if min(judged) >= USEFUL else "no") if judged else "not run",
+                    str(len(cells)),
                 ]
             )  # fmt: skip
     header = [
         "attack", "works undefended (80 % on every seed)", "training", "success %", "worst seed %",
         "upper end, all seeds %", "stops it (10 %)", "zero-shot / retrieval, % of undefended",
-        "% of unpoisoned", "as useful (90 %)",
+        "% of unpoisoned", "as useful (90 %)", "seeds",
     ]  # fmt: skip
     return markdown(header, lines)
 
 
-def usefulness(cells: list[dict], rivals: list[dict]) -> list[float]:
-    """Zero-shot accuracy and retrieval as shares of another row's, means over seeds."""
+def usefulness(cells: dict[int, dict], rivals: dict[int, dict]) -> list[float]:
+    """Zero-shot accuracy and retrieval as shares of another row's, means over common seeds."""
+    common_seeds = cells.keys() & rivals.keys()
+    if not common_seeds:
+        return []
     return [
-        float(np.mean([of(cell) for cell in cells]) / np.mean([of(cell) for cell in rivals]))
+        float(
+            np.mean([of(cells[s]) for s in common_seeds])
+            / np.mean([of(rivals[s]) for s in common_seeds])
+        )
         for of in (lambda cell: cell["zero_shot"]["top1"], recall)
     ]
 

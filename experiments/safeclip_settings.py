@@ -104,6 +104,8 @@ CANDIDATES = {
         0.5, copies=5, growth=0.05, unimodal_epochs=3, cap=0.9, train_risky=False, epochs=24
     ),
     "agreement_70_early_thinned": agreeing(0.7, copies=5, growth=0.03, unimodal_epochs=3, cap=0.95),
+    "agreement_70_capped_thinned": agreeing(0.7, copies=5, growth=0.05, unimodal_epochs=3, cap=0.9),
+    "agreement_60_soon_thinned": agreeing(0.6, copies=5, growth=0.1, unimodal_epochs=2, cap=0.9),
 }
 
 

@@ -203,8 +203,8 @@ def test_a_defence_counts_only_where_the_attack_works_without_it(tmp_path):
     )
     lines = plots_safeclip.verdict(path).splitlines()[2:]
     shown = [line.strip("| ").split(" | ") for line in lines]
-    first = ["0.0", "0.0", "19.4", "yes", "100 / 92", "not run", "yes"]
-    second = ["11.0", "11.0", "18.6", "no", "100 / 87", "not run", "no"]
+    first = ["0.0", "0.0", "19.4", "yes", "100 / 92", "not run", "yes", "1"]
+    second = ["11.0", "11.0", "18.6", "no", "100 / 87", "not run", "no", "1"]
     assert shown == [
         ["targeted", "**no**", "safeclip_fixed", *first],
         ["badnets", "yes", "safeclip_fixed", *second],
@@ -221,7 +221,22 @@ def test_usefulness_is_judged_by_the_network_that_met_no_poison(tmp_path):
         },
     )
     line = plots_safeclip.verdict(path).splitlines()[-1]
-    assert line.strip("| ").split(" | ")[-3:] == ["250 / 100", "83 / 80", "no"]
+    assert line.strip("| ").split(" | ")[-4:] == ["250 / 100", "83 / 80", "no", "1"]
+
+
+def test_usefulness_is_compared_on_the_seeds_that_both_rows_have(tmp_path):
+    path = write(
+        tmp_path / "safeclip-test.json",
+        {
+            (NOTHING, "clip_augmented", 0): metrics(top1=0.9, recall=0.9),
+            (NOTHING, "clip_augmented", 1): metrics(top1=0.5, recall=0.5),
+            ("targeted", "clip_augmented", 0): metrics(16, top1=0.9, recall=0.9),
+            ("targeted", "safeclip_fixed", 1): metrics(0, top1=0.45, recall=0.5),
+            ("targeted", "safeclip_fixed", 2): metrics(0, top1=0.1, recall=0.1),
+        },
+    )
+    line = plots_safeclip.verdict(path).splitlines()[-1]
+    assert line.strip("| ").split(" | ")[-4:] == ["not run", "90 / 100", "yes", "2"]
 
 
 def test_what_an_unpoisoned_network_errs_by_is_no_success_of_a_canary():
