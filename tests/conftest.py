@@ -30,13 +30,23 @@ def _known(flags):
 given, eight = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
 if eight not in given:
     os.environ["XLA_FLAGS"] = " ".join([given, eight, QUICK if _known(QUICK) else ""])
-# For a process of its own devices.
-CHILD_FLAGS = os.environ["XLA_FLAGS"].replace(eight, "")
 # Where two programs must round alike.
 EMITTERS = {"xla_cpu_use_fusion_emitters": True} if QUICK in os.environ["XLA_FLAGS"] else {}
 
-jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrobust/xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+CACHE = {
+    "jax_compilation_cache_dir": os.path.expanduser("~/.cache/jaxrobust/xla"),
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+}
+for _setting in CACHE.items():
+    jax.config.update(*_setting)
+
+
+def child_environment(**variables):
+    """What a process with its own devices is started with; it finds what others have compiled."""
+    own = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(eight, ""), "MPLBACKEND": "agg"}
+    cache = {name.upper(): str(value) for name, value in CACHE.items()}
+    return os.environ | own | cache | variables
+
 
 # Shapes and types in the package's annotations are checked at every call the tests make.
 install_import_hook("jaxrobust", "beartype.beartype")

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrobust import checkpoint
 from jaxrobust.checkpoint import CheckpointError, atomic_write, latest_step, restore, save
-from tests.conftest import CHILD_FLAGS
+from tests.conftest import child_environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -441,12 +441,11 @@ def test_two_processes_save_together_and_one_restores(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": CHILD_FLAGS, "JAX_PLATFORMS": "cpu"}
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", ONE_OF_TWO, str(tmp_path / "run"), address, str(process)],
             cwd=ROOT,
-            env=environment,
+            env=child_environment(),
             stderr=subprocess.PIPE,
             text=True,
         )

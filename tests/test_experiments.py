@@ -1,7 +1,6 @@
 """The experiments as their users meet them: resumable, in one schema, and quoted truly."""
 
 import json
-import os
 import pathlib
 import random
 import signal
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import common, plots, tables
-from tests.conftest import CHILD_FLAGS
+from tests.conftest import child_environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -30,15 +29,11 @@ experiment.main(smoke, common.arguments("", {{"smoke": smoke}}, "smoke"))
 """
 
 
-def environment():
-    return os.environ | {"XLA_FLAGS": CHILD_FLAGS, "MPLBACKEND": "agg"}
-
-
 def start(out):
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(out=str(out))],
         cwd=ROOT,
-        env=environment(),
+        env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

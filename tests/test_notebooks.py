@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.conftest import CHILD_FLAGS
+from tests.conftest import child_environment
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments" / "colab"
 
@@ -14,15 +14,12 @@ FOLDER = pathlib.Path(__file__).parent.parent / "experiments" / "colab"
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:zmq|jupyter_client|nbclient|traitlets")
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs(path, monkeypatch):
-    # The kernel is a process of its own, with its own devices.
-    monkeypatch.setenv("XLA_FLAGS", CHILD_FLAGS)
-    monkeypatch.setenv("MPLBACKEND", "agg")
+def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": FOLDER.parent.parent}}
     )
-    client.execute()
+    client.execute(env=child_environment())
     assert all(
         output.output_type != "error"
         for cell in notebook.cells

@@ -1,7 +1,6 @@
 """Tests of the mappings of a per-device step: means, gradients, placement, errors, deadlocks."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrobust import parallel
-from tests.conftest import CHILD_FLAGS
+from tests.conftest import child_environment
 
 BATCH = 16
 X = np.random.default_rng(0).normal(size=(BATCH, 3)).astype(np.float32)
@@ -251,9 +250,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     root = Path(__file__).parent.parent
-    environment = os.environ | {"XLA_FLAGS": CHILD_FLAGS, "PYTHONPATH": str(root)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    environment = child_environment(PYTHONPATH=str(root), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path)],
