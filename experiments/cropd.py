@@ -91,10 +91,12 @@ def objective_of(
         attack = jr.n_fgsm(radius, noise=problem.spread, start=problem.start)
     else:
         attack = jr.linf_pgd(radius, steps=config.attack_steps)
+    aim = method.aim or problem.aim
+    if aim == "other":
+        aim = next(one for one in cropd.AIMS if one != problem.aim)
     return cropd.robust_autoencoder(
-        attack, weights=weights, form=method.form, temperature=method.temperature,
-        aim=method.aim or problem.aim,
-    )  # fmt: skip
+        attack, weights=weights, form=method.form, temperature=method.temperature, aim=aim
+    )
 
 
 def epochs_of(model, objective, problem: Problem, config: Config, shape: tuple[int, ...]) -> int:

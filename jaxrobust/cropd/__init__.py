@@ -12,9 +12,10 @@ Source: CRoPD (arXiv:2504.10850).
 
 from jaxrobust.cropd.bound import BoundReport, bound_report
 from jaxrobust.cropd.heads import features, fit_head
-from jaxrobust.cropd.objective import FORMS, Weights, robust_autoencoder
+from jaxrobust.cropd.objective import AIMS, FORMS, Weights, robust_autoencoder
 
 __all__ = [
+    "AIMS",
     "FORMS",
     "BoundReport",
     "Weights",
