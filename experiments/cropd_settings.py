@@ -120,7 +120,6 @@ class Config:
     final: tuple[str, ...] = FINAL
     seeds: tuple[int, ...] = (0, 1, 2)
     single: tuple[str, ...] = SINGLE  # rows and sets of the first seed alone
-    foundation: str = "efficientnet_lite0"
     # The pre-processors, all trained for the FLOPs that the reference takes in these epochs
     reference: str = "recommended"
     epochs: int = 20
