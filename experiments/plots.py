@@ -45,7 +45,10 @@ def read(path: Path) -> dict:
 
 def rows_of(record: dict, *fields: str) -> dict[tuple, list[dict]]:
     """Metrics of the cells by these fields of their keys, one per seed, in the file's order."""
-    return {row: list(cells.values()) for row, cells in seeds_of(record, *fields).items()}
+    rows = defaultdict(list)
+    for cell in record["cells"]:
+        rows[tuple(cell["key"][name] for name in fields)].append(cell["metrics"])
+    return rows
 
 
 def seeds_of(record: dict, *fields: str) -> dict[tuple, dict[int, dict]]:
