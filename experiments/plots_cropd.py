@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import common
 from experiments.common import markdown
-from experiments.plots import read, rows_of, spread
+from experiments.plots import read, rows_of, seeds_of, spread
 from experiments.plots_sipat import eps_text, panels, points
 from jaxrobust import metrics
 
@@ -47,8 +47,8 @@ def table(path: Path, *, every: bool = True) -> str:
 
 
 def readme_table(path: Path) -> str:
-    """The rows that were run; the README names the others."""
-    return table(path, every=False)
+    """The rows that were run, the others named, and the verdict."""
+    return f"{table(path, every=False)}\n\n{verdict(path)}".strip()
 
 
 def run_rows(record: dict, dataset: str) -> dict[str, dict[str, str]]:
@@ -96,48 +96,52 @@ def outcomes_of(cells: list[dict], row: int | None) -> np.ndarray:
 def verdict(path: Path) -> str:
     """Each pre-processor beside the denoiser of equal size, the bare model, and fine-tuning.
 
-    Differences in points, with bootstrap 95 % intervals paired over images and pooled over seeds:
-    under PGD at the problem's eps for every row, and in the worst case where the suite was run for
-    both.
+    Differences in points, with bootstrap 95 % intervals paired over images and pooled over the
+    seeds that all three have: under PGD at the problem's eps for every row, and in the worst case
+    where the suite was run for both. Costs are medians over a row's own seeds.
     """
     record = read(path)
     config = record["config"]
-    rows, seeds = rows_of(record, "dataset", "method"), len(config["seeds"])
+    rows = seeds_of(record, "dataset", "method")
     parts = []
     for dataset in config["problems"]:
-        cells = {m: c for (where, m), c in rows.items() if where == dataset and len(c) == seeds}
+        cells = {name: rows[where, name] for where, name in rows if where == dataset}
         if not {"none", "gaussian_dae"} <= set(cells):
             continue
+        bare, denoiser = cells["none"], cells["gaussian_dae"]
         lines = []
-        for method, found in cells.items():
-            if config["methods"][method]["kind"] != "autoencoder":
+        for method in config["methods"]:
+            found = cells.get(method, {})
+            seeds = sorted(set(found) & set(denoiser) & set(bare))
+            if config["methods"][method]["kind"] != "autoencoder" or not seeds:
                 continue
-            rivals = ((2, "gaussian_dae"), (None, "gaussian_dae"), (None, "none"), (0, "none"))
-            gains = [gain(found, cells[other], row) for row, other in rivals]
+            rivals = ((2, denoiser), (None, denoiser), (None, bare), (0, bare))
+            gains = [gain(found, other, seeds, row) for row, other in rivals]
             costs = [share(found, cells.get("aff"), name) for name in COSTS]
-            lines.append([method, *gains, *costs])
-        steps = f"PGD-{config['attack_steps']} in ours, PGD-{config['rival_steps']} in it"
+            lines.append([method, *gains, *costs, str(len(seeds))])
         header = [
             dataset, f"PGD-{config['pgd_steps']}, to the denoiser", "worst case, to the denoiser",
             "worst case, to the bare model", "clean, to the bare model",
-            f"FLOPs of AFF's ({steps})", "seconds of AFF's",
+            f"FLOPs of AFF's (PGD-{config['rival_steps']})", "seconds of AFF's", "seeds",
         ]  # fmt: skip
-        parts.append(markdown(header, lines))
+        if lines:
+            parts.append(markdown(header, lines))
     return "\n\n".join(parts)
 
 
-def gain(cells: list[dict], rivals: list[dict], row: int | None) -> str:
+def gain(cells: dict, rivals: dict, seeds: list[int], row: int | None) -> str:
     """A difference in points, if both were measured so; rows as of `outcomes_of`."""
-    if row is None and not all("robust_outcomes" in cell for cell in (*cells, *rivals)):
+    ours, theirs = ([some[seed] for seed in seeds] for some in (cells, rivals))
+    if row is None and not all("robust_outcomes" in cell for cell in (*ours, *theirs)):
         return "not run"
-    return points(metrics.paired_bootstrap(outcomes_of(cells, row), outcomes_of(rivals, row)))
+    return points(metrics.paired_bootstrap(outcomes_of(ours, row), outcomes_of(theirs, row)))
 
 
-def share(cells: list[dict], rivals: list[dict] | None, name: str) -> str:
+def share(cells: dict, rivals: dict | None, name: str) -> str:
     """What a row costs as a share of what fine-tuning all of the model costs, in percent."""
     if not rivals:
         return "not run"
-    ours, theirs = (np.median([cell[name] for cell in some]) for some in (cells, rivals))
+    ours, theirs = (np.median([cell[name] for cell in some.values()]) for some in (cells, rivals))
     return f"{100 * ours / theirs:.0f} %"
 
 

@@ -233,7 +233,7 @@ def test_the_verdict_pairs_ours_with_its_controls(results):
     assert columns[1].startswith("+25.0 (")
     assert columns[2:4] == ["not run", "not run"]
     assert columns[4].startswith("-12.5 (")
-    assert columns[5:] == ["10 %", "25 %"]
+    assert columns[5:] == ["10 %", "25 %", "2"]
 
 
 def test_the_worst_case_is_compared_with_the_worst_case_alone(results):
@@ -250,13 +250,20 @@ def test_the_worst_case_is_compared_with_the_worst_case_alone(results):
     ]  # fmt: skip
 
 
-def test_a_method_without_all_its_seeds_has_no_verdict(results):
+def test_unfinished_rows_are_compared_on_the_seeds_that_they_share(results):
     record = json.loads(results.read_text())
-    record["cells"] = [
-        one for one in record["cells"] if one["key"]["method"] != "ours" or one["key"]["seed"] == 0
-    ]
-    results.write_text(json.dumps(record))
-    assert "| ours |" not in plots_cropd.verdict(results)
+
+    def without(*missing):
+        left = [c for c in record["cells"] if (c["key"]["method"], c["key"]["seed"]) not in missing]
+        results.write_text(json.dumps({**record, "cells": left}))
+        return plots_cropd.verdict(results).splitlines()
+
+    assert without()[-1].endswith("| 2 |")
+    # Seed 0's denoiser alone may not stand for seed 1's, of which ours is left.
+    line = without(("ours", 0), ("none", 0))[-1]
+    assert line.endswith("| 1 |")
+    assert line.split("|")[2].strip().startswith("+25.0 (")
+    assert without(("ours", 0), ("gaussian_dae", 1)) == []
 
 
 def test_the_table_says_what_was_not_run(results):
@@ -266,9 +273,10 @@ def test_the_table_says_what_was_not_run(results):
     lines = plots_cropd.table(results).splitlines()
     assert lines[-1] == "| aff |" + 9 * " not run |"
     assert "37.5 ± 0.0" in lines[-2]
-    lines = plots_cropd.readme_table(results).splitlines()
-    assert lines[-1] == "Not run there: aff."
-    assert "37.5 ± 0.0" in lines[-3]
+    rows, missing, verdict = plots_cropd.readme_table(results).split("\n\n")
+    assert missing == "Not run there: aff."
+    assert "37.5 ± 0.0" in rows.splitlines()[-1]
+    assert verdict == plots_cropd.verdict(results)
 
 
 @pytest.mark.parametrize("name", PRESETS)
