@@ -257,12 +257,9 @@ def _cpu_kernel_gradient(x, y, shape, strides, pads, groups):
         taps = [tap.reshape(*tap.shape[:3], groups, ci) for tap in taps]
         parts = [jnp.einsum("bhwgc,bhwgd->cgd", tap, y) for tap in taps]
         return jnp.stack(parts).reshape(shape)
+    # A product per tap: side by side for a single one, the taps are copied once more.
     y = y.reshape(-1, co).T
-    # All taps in one product while the patches are small, else one product per row of taps.
-    n = kh * kw if kh * kw * ci <= 512 else kw
-    starts = range(0, kh * kw, n)
-    parts = [y @ jnp.concatenate(taps[i : i + n], 3).reshape(-1, n * ci) for i in starts]
-    return jnp.concatenate(parts, 1).T.reshape(shape)
+    return jnp.stack([(y @ tap.reshape(-1, ci)).T for tap in taps]).reshape(shape)
 
 
 def _taps(x, kernel, strides, pads, out):
