@@ -1,5 +1,6 @@
 """Random changes of colour on the device: jitter and greying; keys and masks as in `augment`."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrobust.data.augment import Images, Keys, Mask, recoloured
+
+Plane = Float[Array, "*b h w"]
 
 # ITU-R 601, as in pillow and torchvision.
 LUMA = (0.299, 0.587, 0.114)
@@ -24,21 +27,20 @@ def check_channels(images: Array) -> None:
         raise ValueError(f"images must have 1 or 3 channels, got {images.shape[-1]}")
 
 
-def luma(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 1"]:
-    """Brightness of RGB pixels: 0.299 r + 0.587 g + 0.114 b."""
-    # Not a dot, which accelerators round to bfloat16, nor a sum over an axis of 3, slow on a CPU.
-    red, green, blue = jnp.split(image, 3, axis=-1)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+def luma(planes: Sequence[Plane]) -> Plane:
+    """Brightness of pixels: 0.299 r + 0.587 g + 0.114 b, or the one plane of a grey image."""
+    # Not a dot, which accelerators round to bfloat16.
+    return sum(c * p for c, p in zip(LUMA, planes, strict=True)) if len(planes) == 3 else planes[0]
 
 
-def shift_hue(image: Float[Array, "h w 3"], turn: Float[Array, ""]) -> Float[Array, "h w 3"]:
-    """Turns the hue of each RGB pixel, keeping HSV's saturation and value.
+def shift_hue(planes: Sequence[Plane], turn: Float[Array, ""]) -> list[Plane]:
+    """Turns the hue of each pixel, keeping HSV's saturation and value.
 
     Args:
-        image: [h, w, 3] in [0, 1].
+        planes: red, green and blue in [0, 1].
         turn: in turns; 1/3 makes red green.
     """
-    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    red, green, blue = planes
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     safe = jnp.where(chroma == 0, 1, chroma)
@@ -47,10 +49,12 @@ def shift_hue(image: Float[Array, "h w 3"], turn: Float[Array, ""]) -> Float[Arr
         (green - blue) / safe,
         jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    place = jnp.array([5.0, 3.0, 1.0], image.dtype) + (sixths + 6 * turn)[..., None]
-    place -= 6 * jnp.floor(place / 6)  # a remainder, but vectorised on a CPU
-    drop = jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
-    return value[..., None] - chroma[..., None] * drop
+
+    def turned(place: Array) -> Array:
+        place -= 6 * jnp.floor(place / 6)  # a remainder, but vectorised on a CPU
+        return value - chroma * jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
+
+    return [turned(corner + (sixths + 6 * turn)) for corner in (5.0, 3.0, 1.0)]
 
 
 @partial(jax.jit, static_argnames=("brightness", "contrast", "saturation", "hue", "probability"))
@@ -101,33 +105,40 @@ def color_jitter(
         draws = jax.random.uniform(key, (9,))
         factors = 1 + (2 * draws[1:4] - 1) * jnp.array(amounts)
         order, turn = jnp.argsort(draws[4:8]), (2 * draws[8] - 1) * hue
-        changed = _jittered(image.astype(jnp.float32), factors, order, turn, coloured and hue > 0)
-        return jnp.where(draws[0] < probability, changed, image)
+        planes = _planes(image.astype(jnp.float32))
+        changed = _jittered(planes, factors, order, turn, coloured and hue > 0)
+        return jnp.where(draws[0] < probability, jnp.stack(changed, -1), image)
 
     return recoloured(change, key, images, mask)
 
 
-def _jittered(image: Array, factors: Array, order: Array, turn: Array, with_hue: bool) -> Array:
+def _planes(image: Array) -> list[Array]:
+    """The channels as arrays of their own; as one array XLA computes much three times on CPUs."""
+    return [image[..., channel] for channel in range(image.shape[-1])]
+
+
+def _jittered(planes: list, factors: Array, order: Array, turn: Array, with_hue: bool) -> list:
     """The four changes in `order`: 0 brightness, 1 contrast, 2 saturation, 3 hue.
 
     Hue is the only dear one and one per image must do: the cheap three stand before and after it,
     where a change whose turn is on the other side gets the factor 1, the identity.
     """
 
-    def cheap(image: Array, number: Array, active: Array) -> Array:
+    def cheap(planes: list, number: Array, active: Array) -> list:
         factor = jnp.where(active & (number < 3), factors[jnp.minimum(number, 2)], 1)
-        grey = luma(image) if image.shape[-1] == 3 else image
+        grey = luma(planes)
         base = jnp.where(number == 0, 0, jnp.where(number == 1, grey.mean(), grey))
-        return jnp.clip(factor * image + (1 - factor) * base, 0, 1)
+        rest = (1 - factor) * base
+        return [jnp.clip(factor * plane + rest, 0, 1) for plane in planes]
 
     turn_of_hue = jnp.argmax(order == 3)
     for place in range(3):
-        image = cheap(image, order[place], place < turn_of_hue)
+        planes = cheap(planes, order[place], place < turn_of_hue)
     if with_hue:
-        image = shift_hue(image, turn)
+        planes = shift_hue(planes, turn)
     for place in range(1, 4):
-        image = cheap(image, order[place], place > turn_of_hue)
-    return image
+        planes = cheap(planes, order[place], place > turn_of_hue)
+    return planes
 
 
 @partial(jax.jit, static_argnames="probability")
@@ -155,6 +166,7 @@ def grayscale(
     def change(key: Array, image: Array) -> Array:
         if image.shape[-1] == 1:
             return image
-        return jnp.where(jax.random.bernoulli(key, probability), luma(image), image)
+        grey = luma(_planes(image))[..., None]
+        return jnp.where(jax.random.bernoulli(key, probability), grey, image)
 
     return recoloured(change, key, images, mask)
