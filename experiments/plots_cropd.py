@@ -97,8 +97,8 @@ def verdict(path: Path) -> str:
     """Each pre-processor beside the denoiser of equal size, the bare model, and fine-tuning.
 
     Differences in points, with bootstrap 95 % intervals paired over images and pooled over the
-    seeds that all three have: under PGD at the problem's eps for every row, and in the worst case
-    where the suite was run for both. Costs are medians over a row's own seeds.
+    seeds that the two compared have: under PGD at the problem's eps for every row, and in the
+    worst case where the suite was run for both. Costs are medians over a row's own seeds.
     """
     record = read(path)
     config = record["config"]
@@ -112,26 +112,30 @@ def verdict(path: Path) -> str:
         lines = []
         for method in config["methods"]:
             found = cells.get(method, {})
-            seeds = sorted(set(found) & set(denoiser) & set(bare))
-            if config["methods"][method]["kind"] != "autoencoder" or not seeds:
+            if config["methods"][method]["kind"] != "autoencoder" or not found:
                 continue
             rivals = ((2, denoiser), (None, denoiser), (None, bare), (0, bare))
-            gains = [gain(found, other, seeds, row) for row, other in rivals]
+            gains = [gain(found, other, row) for row, other in rivals]
+            shared = (str(len(set(found) & set(other))) for other in (denoiser, bare))
             costs = [share(found, cells.get("aff"), name) for name in COSTS]
-            lines.append([method, *gains, *costs, str(len(seeds))])
+            lines.append([method, *gains, *costs, " / ".join(shared)])
         header = [
             dataset, f"PGD-{config['pgd_steps']}, to the denoiser", "worst case, to the denoiser",
             "worst case, to the bare model", "clean, to the bare model",
-            f"FLOPs of AFF's (PGD-{config['rival_steps']})", "seconds of AFF's", "seeds",
+            f"FLOPs of AFF's (PGD-{config['rival_steps']})", "seconds of AFF's",
+            "seeds, denoiser / bare",
         ]  # fmt: skip
         if lines:
             parts.append(markdown(header, lines))
     return "\n\n".join(parts)
 
 
-def gain(cells: dict, rivals: dict, seeds: list[int], row: int | None) -> str:
-    """A difference in points, if both were measured so; rows as of `outcomes_of`."""
+def gain(cells: dict, rivals: dict, row: int | None) -> str:
+    """A difference in points, if both were measured so on some seed; rows as of `outcomes_of`."""
+    seeds = sorted(set(cells) & set(rivals))
     ours, theirs = ([some[seed] for seed in seeds] for some in (cells, rivals))
+    if not seeds:
+        return "not run"
     if row is None and not all("robust_outcomes" in cell for cell in (*ours, *theirs)):
         return "not run"
     return points(metrics.paired_bootstrap(outcomes_of(ours, row), outcomes_of(theirs, row)))

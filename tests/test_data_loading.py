@@ -298,6 +298,7 @@ GREY = np.zeros((2, 4, 4, 1), np.float32)
         (GREY + np.nan, ValueError, r"must lie in .0, 1., got values from nan to nan"),
         (GREY.astype(np.uint8), TypeError, r"must be floating point in .0, 1., got uint8"),
         (GREY[0], ValueError, r"must be .n, h, w, c. with n >= 1, got shape \(4, 4, 1\)"),
+        ((GREY, GREY[0]), TypeError, r"must be an array .n, h, w, c., got tuple"),
         (GREY[:0], ValueError, r"with n >= 1, got shape \(0, 4, 4, 1\)"),
     ],
 )

@@ -102,14 +102,25 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
     same(again, whole)
 
 
+def test_splitters_of_other_known_bad_pairs_are_other_settings(tmp_path):
+    one, other = (safeclip.conformal(np.array([bad])) for bad in (-1.0, 1.0))
+    fit(recipe(epochs=3, threshold=0.4, splitter=one), directory=tmp_path)
+    fit(recipe(epochs=3, threshold=0.4, splitter=one), directory=tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="expected a run with splitter"):
+        fit(recipe(epochs=3, threshold=0.4, splitter=other), directory=tmp_path)
+
+
 def test_another_runs_checkpoint_is_refused(tmp_path):
     fit(recipe(epochs=3), directory=tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="expected a run with seed 5, found 0"):
         fit(recipe(epochs=3), directory=tmp_path, seed=5)
     with pytest.raises(checkpoint.CheckpointError, match=r"with growth 0.1, found 0.05"):
         fit(recipe(epochs=3, growth=0.1), directory=tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"with splitter by_rank, found gaussian"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"with splitter by_rank, found .*mixture"):
         fit(recipe(epochs=3, splitter=safeclip.by_rank), directory=tmp_path)
+    tied = safeclip.gaussian_mixture(covariance="tied")
+    with pytest.raises(checkpoint.CheckpointError, match=r"splitter .*tied.*, found .*full"):
+        fit(recipe(epochs=3, splitter=tied), directory=tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=r"with views noisy, found None"):
         fit(recipe(epochs=3), directory=tmp_path, views=noisy)
     one_pixel = IMAGES.copy()
@@ -220,8 +231,29 @@ def test_pairs_that_do_not_fit_are_refused():
         safeclip.fit(CLIP, recipe(), IMAGES, TOKENS[:, 0])
     with pytest.raises(ValueError, match="batch_size must be <= 64, the number of pairs, got 65"):
         fit(recipe(batch_size=65))
+    with pytest.raises(ValueError, match="neighbours must be < 64, the number of pairs, got 64"):
+        fit(recipe(scoring="agreement", neighbours=64))
+    with pytest.raises(TypeError, match="tokens must be whole numbers, got float32"):
+        safeclip.fit(CLIP, recipe(), IMAGES, TOKENS.astype(np.float32))
+    other = CLIP._replace(config={**CLIP.config, "vocabulary": WORDS - 1})
+    with pytest.raises(ValueError, match=r"tokens must be in .0, 11.,.* got 0 to 11"):
+        safeclip.fit(other, recipe(), IMAGES, TOKENS)
     with pytest.raises(ValueError, match="views must be given for scoring='augmented', got None"):
         fit(recipe(scoring="augmented"))
+
+
+def test_a_safe_set_below_a_batch_is_said():
+    few = {"splitter": safeclip.by_rank, "threshold": 0.95, "growth": 0.0, "epochs": 3}
+    with pytest.warns(UserWarning, match="epoch 3: 4 safe pairs are fewer than a batch of 8"):
+        fit(recipe(**few))
+
+
+def test_a_kind_of_step_is_compiled_once(caplog):
+    with jax.log_compiles():
+        fit(recipe())
+    messages = [record.getMessage() for record in caplog.records]
+    steps = [m for m in messages if m.startswith("Compiling") and f"[{BATCH},4,4,1]" in m]
+    assert len(steps) == 2, steps
 
 
 def test_a_splitter_that_cannot_work_says_so_before_training():

@@ -53,6 +53,11 @@ def test_pairs_on_disk_are_those_in_memory(both):
     equal(*both)
 
 
+def test_images_on_disk_can_be_gone_through_one_by_one(both):
+    stored, memory = both
+    np.testing.assert_array_equal(np.stack(list(stored.images)), memory.images)
+
+
 @pytest.mark.parametrize(
     "rows", [slice(3, 9), slice(None, None, 5), [4, 4, 1], np.arange(COUNT) % 3 == 0, []]
 )
@@ -130,7 +135,13 @@ def test_poisons_and_manifest_are_those_of_the_pairs_in_memory(both, tables):
 
 def test_training_from_disk_is_training_from_memory(both):
     recipe = safeclip.Recipe(
-        epochs=3, unimodal_epochs=1, batch_size=8, warmup=2, pool=16, bounds=(0.0, 1.0)
+        epochs=3,
+        unimodal_epochs=1,
+        batch_size=8,
+        warmup=2,
+        pool=16,
+        bounds=(0.5, 1.0),
+        fallback=0.5,
     )
     tokens = np.random.default_rng(2).integers(0, WORDS, (COUNT, 3, 6)).astype(np.int32)
     clip = tiny_clip()

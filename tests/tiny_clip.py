@@ -28,7 +28,7 @@ def tiny_clip():
         params = {
             "image": jax.random.normal(one, (pixels, WIDTH)),
             "text": jax.random.normal(two, (WORDS, WIDTH)),
-            "logit_scale": jnp.log(1 / 0.07),
+            "logit_scale": jnp.full((), jnp.log(1 / 0.07), jnp.float32),
         }
         return {"params": params, "batch_stats": {}}
 

@@ -52,10 +52,14 @@ def check_images(images: Any, bounds: tuple[float, float] | None = (0.0, 1.0)) -
         bounds: the box; None for none.
 
     Raises:
-        TypeError: not floating point.
+        TypeError: no array, or not floating point.
         ValueError: not [n, h, w, c], none, a NaN, or values outside the box by more than rounding.
     """
-    images = np.asarray(images)
+    try:
+        images = np.asarray(images)
+    except ValueError as error:  # of unequal shapes, as are the fields of a data set
+        found = type(images).__name__
+        raise TypeError(f"images must be an array [n, h, w, c], got {found}") from error
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
     if not np.issubdtype(images.dtype, np.floating):

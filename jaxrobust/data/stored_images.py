@@ -8,6 +8,7 @@ batch = np.asarray(some.images[:512])    # decodes these
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,14 @@ from tqdm import tqdm
 
 from jaxrobust.data.dataset import Source, check_images, decoding_pool
 
-_AT_ONCE = 512  # images that are decoded together to be hashed
+_AT_ONCE = 512  # images that are decoded together where all are looked at
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredImages:
     """[n, h, w, c] float32 in [0, 1] on disk, with a few others in memory among them.
 
-    Rows are chosen as of an array and stay undecoded; `np.asarray` decodes them.
+    Rows are chosen as of an array and stay undecoded; `np.asarray` and iteration decode them.
 
     Attributes:
         source: the images on disk.
@@ -54,6 +55,10 @@ class StoredImages:
         if places.ndim != 1:
             raise IndexError(f"rows must be a slice or an array of rows, got {rows!r}")
         return dataclasses.replace(self, places=places)
+
+    def __iter__(self) -> Iterator[Float[np.ndarray, "h w c"]]:
+        for start in range(0, len(self), _AT_ONCE):
+            yield from np.asarray(self[start : start + _AT_ONCE])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         images, stored = np.empty(self.shape, np.float32), self._is_stored

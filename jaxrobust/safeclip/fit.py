@@ -1,12 +1,13 @@
 """Pre-training from the first step to the last: resumable inside a pass, on any number of devices.
 
 recipe = safeclip.Recipe(epochs=24, batch_size=256)
-fitted = safeclip.fit(clip, recipe, pairs, tokens, views=views, directory="runs/one")
+fitted = safeclip.fit(clip, recipe, pairs.images, tokens, views=views, directory="runs/one")
 """
 
 import functools
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from jaxrobust import checkpoint, data, parallel
 from jaxrobust.data import stored_images
 from jaxrobust.data.stored_images import Images
 from jaxrobust.models import Clip
-from jaxrobust.safeclip.recipe import Pass, Recipe, passes
+from jaxrobust.safeclip.rates import safe_count
+from jaxrobust.safeclip.recipe import Recipe, passes
 from jaxrobust.safeclip.scoring import similarities
 from jaxrobust.safeclip.split import first_split, largest
 from jaxrobust.safeclip.steps import Views, adamw, create_state, training_step
@@ -101,7 +103,8 @@ def fit(
         evaluate: (epoch, variables, trust) -> numbers for the history, after each epoch.
         directory: where checkpoints go; a run that is there is gone on with, and ends bit-equal to
             one that was never stopped. It must have the same pairs and settings; of images on disk
-            only which they are is compared, not what the files hold.
+            only which they are is compared, not what the files hold, and of functions the name
+            and what a `functools.partial` holds.
         save_every: seconds between checkpoints.
         progress: show a progress bar.
         label: of the bar.
@@ -113,7 +116,7 @@ def fit(
         checkpoint.CheckpointError: `directory` holds another run.
     """
     images, tokens = stored_images.checked(images), np.asarray(tokens)
-    _check(images, tokens, recipe, views)
+    _check(clip, images, tokens, recipe, views)
     mesh = parallel.data_mesh() if mesh is None else mesh
     local = parallel.data_mesh(mesh.local_devices)
     optimizer = adamw(recipe.weight_decay)
@@ -165,7 +168,12 @@ def fit(
             work = passes(recipe, loop["epoch"], len(images), trust.safe, loop["first"])
             for number in range(loop["pass"], len(work)):
                 batches = _batches(images, tokens, work[number].rows, recipe, seed, loop, mesh)
-                state = _run(step_of, state, trust, loop, work[number], batches, saver)
+                if loop["step"] == 0:
+                    # On the mesh like all of the state: elsewhere it would cost a compilation.
+                    rate = parallel.create(_same, mesh, work[number].rate)
+                    state = state._replace(extra=state.extra._replace(rate=rate))
+                step, kind = step_of(work[number].kind), work[number].kind
+                state = _run(step, state, trust, loop, kind, batches, saver)
                 loop.update({"pass": number + 1, "step": 0})
             _close(loop, state, trust, evaluate)
             bar.update()
@@ -188,10 +196,16 @@ def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.A
             fallback=recipe.fallback,
         )  # fmt: skip
     else:
-        count = int(recipe.fraction(loop["first"], epoch) * len(scores))
+        count = safe_count(recipe.fraction(loop["first"], epoch), len(scores))
         safe = largest(weights, scores, count)
     loop["split"] = epoch
     trust = Trust(*map(parallel.from_first_process, (scores, weights, safe)))
+    if trust.safe.sum() < recipe.batch_size:
+        warnings.warn(
+            f"epoch {epoch}: {trust.safe.sum()} safe pairs are fewer than a batch of "
+            f"{recipe.batch_size}, so no image meets its caption",
+            stacklevel=3,
+        )
     if is_first:
         loop["first"] = float(trust.safe.mean())
     return trust
@@ -215,19 +229,21 @@ def _batches(
     return data.prefetch(made, lambda batch: parallel.shard_batch(batch, mesh))
 
 
-def _run(step_of, state, trust, loop, work: Pass, batches, saver) -> TrainState:
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def _run(step, state, trust, loop, kind: str, batches, saver) -> TrainState:
     """One pass, or what is left of it."""
-    if loop["step"] == 0:
-        state = state._replace(extra=state.extra._replace(rate=work.rate))
     waiting = []
     for batch in batches:
-        state, metrics = step_of(work.kind)(state, batch)
+        state, metrics = step(state, batch)
         waiting.append(metrics["loss"])
         loop["step"] += 1
         if saver.is_due(loop["step"]):
-            _settle(loop, work.kind, waiting)
+            _settle(loop, kind, waiting)
             saver.save(state, trust, loop)
-    _settle(loop, work.kind, waiting)
+    _settle(loop, kind, waiting)
     return state
 
 
@@ -312,14 +328,27 @@ def _identity(images: Images, tokens: np.ndarray) -> str:
 def _name(thing: Any) -> str:
     """What a function or type is called, with the arguments that a partial one holds."""
     if isinstance(thing, functools.partial):
-        return f"{_name(thing.func)} {thing.args} {thing.keywords}"
+        named = [f"{name}={_name(value)}" for name, value in thing.keywords.items()]
+        return f"{_name(thing.func)}({', '.join([*map(_name, thing.args), *named])})"
+    if isinstance(thing, np.ndarray | jax.Array):
+        return hashlib.sha256(np.ascontiguousarray(thing)).hexdigest()
     return str(getattr(thing, "__qualname__", thing))
 
 
-def _check(images: Images, tokens: np.ndarray, recipe: Recipe, views: Views | None) -> None:
+def _check(
+    clip: Clip, images: Images, tokens: np.ndarray, recipe: Recipe, views: Views | None
+) -> None:
     if tokens.ndim != 3 or len(images) != len(tokens):
         raise ValueError(
             f"tokens must be [n, 1 + v, t] for the {len(images)} images, got {tokens.shape}"
+        )
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise TypeError(f"tokens must be whole numbers, got {tokens.dtype}")
+    known = clip.config.get("vocabulary", np.inf)
+    if tokens.min() < 0 or tokens.max() >= known:
+        raise ValueError(
+            f"tokens must be in [0, {known}), the network's vocabulary, got {tokens.min()} to "
+            f"{tokens.max()}"
         )
     if len(images) < recipe.batch_size:
         raise ValueError(
@@ -327,6 +356,10 @@ def _check(images: Images, tokens: np.ndarray, recipe: Recipe, views: Views | No
         )
     if recipe.method != "safeclip":
         return
+    if recipe.scoring == "agreement" and recipe.neighbours >= len(images):
+        raise ValueError(
+            f"neighbours must be < {len(images)}, the number of pairs, got {recipe.neighbours}"
+        )
     if recipe.scoring == "augmented" and views is None:
         raise ValueError("views must be given for scoring='augmented', got None")
     # Else a splitter that cannot work would say so after days of warm-up.

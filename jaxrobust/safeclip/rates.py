@@ -67,6 +67,11 @@ def rate(
     return Rate(*(jnp.asarray(number, jnp.float32) for number in numbers))
 
 
+def safe_count(fraction: float, pairs: int) -> int:
+    """How many pairs a share is, rounded down; k / n of n is k even where rounding misses it."""
+    return int(fraction * pairs + 1e-6)
+
+
 class Plan(NamedTuple):
     """What the schedules of the mixed phase are computed from.
 
@@ -93,12 +98,13 @@ class Plan(NamedTuple):
     @property
     def safe_steps(self) -> list[int]:
         """Full batches of the safe set, epoch by epoch."""
-        return [int(f * self.pairs) // self.batch_size for f in self.fractions]
+        return [safe_count(f, self.pairs) // self.batch_size for f in self.fractions]
 
     @property
     def risky_steps(self) -> list[int]:
         """Full batches of the rest, epoch by epoch."""
-        return [(self.pairs - int(f * self.pairs)) // self.batch_size for f in self.fractions]
+        counts = [self.pairs - safe_count(f, self.pairs) for f in self.fractions]
+        return [count // self.batch_size for count in counts]
 
 
 def mixed_rates(plan: Plan, epoch: int, schedule: str) -> tuple[Rate, Rate]:

@@ -4,6 +4,7 @@ A splitter is a function scores [n] -> weights [n], the larger the safer; `first
 `largest` turn weights into the safe set.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,15 +93,15 @@ def gaussian_mixture(
         monotone: let weights never fall as the score rises. With two widths the posterior rises
             again far below the lower mean, where poisons may lie; the published form lets it.
     """
+    return functools.partial(_mixture_weights, covariance=covariance, monotone=monotone)
 
-    def weigh(scores: Scores) -> Weights:
-        mixture, weights = fit_mixture(scores, covariance=covariance)
-        if not monotone:
-            return weights
-        # A narrow upper component's posterior falls to 0 far above it too.
-        return running_maximum(scores, weights, below=mixture.means[1])
 
-    return weigh
+def _mixture_weights(scores: Scores, *, covariance: str, monotone: bool) -> Weights:
+    mixture, weights = fit_mixture(scores, covariance=covariance)
+    if not monotone:
+        return weights
+    # A narrow upper component's posterior falls to 0 far above it too.
+    return running_maximum(scores, weights, below=mixture.means[1])
 
 
 def running_maximum(scores: Scores, weights: Weights, *, below: float = np.inf) -> Weights:
@@ -143,13 +144,12 @@ def conformal(bad: Scores) -> Callable[[Scores], Weights]:
 
     Source: Vovk et al. 2005, conformal p-values.
     """
-    bad = np.sort(_checked(bad, least=1))
+    return functools.partial(_conformal_weights, np.sort(_checked(bad, least=1)))
 
-    def weigh(scores: Scores) -> Weights:
-        above = len(bad) - np.searchsorted(bad, _checked(scores), side="left")
-        return 1 - (1 + above) / (1 + len(bad))
 
-    return weigh
+def _conformal_weights(bad: np.ndarray, scores: Scores) -> Weights:
+    above = len(bad) - np.searchsorted(bad, _checked(scores), side="left")
+    return 1 - (1 + above) / (1 + len(bad))
 
 
 class Split(NamedTuple):
