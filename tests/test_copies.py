@@ -96,6 +96,8 @@ def test_which_copies_are_kept_depends_on_the_seed():
         (lambda: copies.near_copies(np.zeros((3, 2)), cosine=1.2), "cosine must be"),
         (lambda: copies.thin(np.zeros(3, int), 0), "most must be"),
         (lambda: copies.thumbnails(np.zeros((2, 4, 4, 3)), side=0), "side must be"),
+        (lambda: copies.thumbnails(np.full((2, 4, 4, 3), 255.0)), r"images must lie in \[0, 1\]"),
+        (lambda: copies.thumbnails(np.zeros((0, 4, 4, 3))), "with n >= 1"),
     ],
 )
 def test_what_is_out_of_range_is_refused(call, message):

@@ -110,6 +110,14 @@ def without_head(variables):
     return models.join(**parts)
 
 
+def with_classes(variables, count):
+    own = jax.tree.map(
+        lambda a: np.resize(a, (*a.shape[:-1], count)), models.part(variables, "head")
+    )
+    parts = {name: models.part(variables, name) for name in ("preprocessor", "foundation")}
+    return models.join(**parts, head=own)
+
+
 @pytest.mark.parametrize(
     ("message", "call"),
     [
@@ -117,7 +125,10 @@ def without_head(variables):
         ("head must be an integer", lambda v: models.defend(None, None, FOUNDATION, 0)),
         ("frozen must be one of", lambda v: models.defend(None, None, FOUNDATION, frozen=("F",))),
         ("parts must be one of", lambda v: models.join(backbone={})),
-        ("name must be one of", lambda v: models.part(models.join(head={"params": {}}), "F")),
+        (
+            "variables must hold a F, got head: models.join",
+            lambda v: models.part(models.join(head={"params": {}}), "F"),
+        ),
         ("taps must be among", lambda v: DEFENDED.apply(v, IMAGES, taps=("foundation.nothing",))),
         ("taps must be one of", lambda v: DEFENDED.apply(v, IMAGES, taps=("nothing",))),
         ("taps must be a tuple", lambda v: DEFENDED.apply(v, IMAGES, taps="resized")),
@@ -133,6 +144,7 @@ def without_head(variables):
         ),
         ("made by models.defend", lambda v: cropd.features(FOUNDATION, v, IMAGES)),
         ("variables must hold a head", lambda v: DEFENDED.apply(without_head(v), IMAGES)),
+        ("head must have 3 classes, got 7", lambda v: DEFENDED.apply(with_classes(v, 7), IMAGES)),
     ],
 )
 def test_bad_arguments_are_refused(message, call, variables):

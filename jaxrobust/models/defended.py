@@ -107,7 +107,11 @@ def part(variables: Variables, name: str) -> dict[str, Any]:
     Raises:
         ValueError: the model has no part of this name.
     """
-    check_choice("name", name, tuple(variables["params"]))
+    if name not in (held := tuple(variables["params"])):
+        found = ", ".join(held) or "none"
+        raise ValueError(
+            f"variables must hold a {name}, got {found}: models.join puts parts together"
+        )
     return {kind: variables.get(kind, {}).get(name, {}) for kind in _KINDS}
 
 
@@ -239,6 +243,8 @@ def _compose(
         if _HEAD not in variables["params"]:
             raise ValueError("variables must hold a head: models.join(..., head=...)")
         own = variables["params"][_HEAD]
+        if own["bias"].shape != (parts.head,):
+            raise ValueError(f"head must have {parts.head} classes, got {own['bias'].shape[0]}")
         own = jax.lax.stop_gradient(own) if _HEAD in parts.frozen else own
         logits = flat(found[parts.tap]) @ own["kernel"] + own["bias"]
     for name in taps:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrobust.attacks.inputs import check_steps
+from jaxrobust.data import stored_images
 
 # Contrast that counts as none, as a root mean square in [0, 1]: blank images are copies.
 _BLANK = 0.01
@@ -35,10 +36,12 @@ def thumbnails(images: Any, *, side: int = 16, batch_size: int = 250) -> Float[n
         [n, side * side * c + 1] unit rows; their products are correlations of pictures.
 
     Raises:
-        ValueError: side or batch_size < 1.
+        TypeError: images are not floating point.
+        ValueError: side or batch_size < 1, or images are none or not in [0, 1].
     """
     check_steps(side, "side")
     check_steps(batch_size, "batch_size")
+    images = stored_images.checked(images)
     count = len(images)
     found = []
     for start in range(0, count, batch_size):
