@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxrobust as jr
 from experiments import common, plots
@@ -412,11 +411,10 @@ def main(config: Config, options) -> None:
         sets = load(config)
         # Built once: equal models of different cells then share what is compiled.
         models = {name: jr.models.build(name, **config.models[name]) for name in config.models}
-        for key in tqdm(keys(config), desc=NAME, unit="cell", disable=jax.process_index() > 0):
-            if results.find(key) is None:
-                begun = time.monotonic()
-                metrics = cell(key, config, sets, options, models[key["model"]])
-                results.add(key, metrics, time.monotonic() - begun)
+        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+            begun = time.monotonic()
+            metrics = cell(key, config, sets, options, models[key["model"]])
+            results.add(key, metrics, time.monotonic() - begun)
         if jax.process_index() == 0:
             plots.adversarial_examples(config, options, keys(config), sets["test"])
     if jax.process_index() == 0:

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import jaxrobust as jr
 from experiments import adversarial_training as base
@@ -75,9 +74,10 @@ def network(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.M
     )
     model = build(wanted["model"])
     path = common.run_folder(first, config.training, wanted) / "weights.safetensors"
-    if not path.exists():
-        fitted = base.train(wanted, config.training, sets, first, model)
-        jr.checkpoint.save_weights(path, jax.tree.map(np.asarray, fitted.variables))
+    with common.alone(path.parent):
+        if not path.exists():
+            fitted = base.train(wanted, config.training, sets, first, model)
+            jr.checkpoint.save_weights(path, jax.tree.map(np.asarray, fitted.variables))
     return model, jr.checkpoint.load_weights(path)
 
 
@@ -175,11 +175,10 @@ def main(config: Config, options) -> None:
     results = common.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         sets = base.load(config.training)
-        for key in tqdm(keys(config), desc=NAME, unit="cell"):
-            if results.find(key) is None:
-                begun = time.monotonic()
-                metrics = cell(key, config, sets, options)
-                results.add(key, metrics, time.monotonic() - begun)
+        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+            begun = time.monotonic()
+            metrics = cell(key, config, sets, options)
+            results.add(key, metrics, time.monotonic() - begun)
     print(table(path))
     print(f"results: {path}")
 

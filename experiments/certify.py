@@ -230,7 +230,8 @@ def save(path, **arrays) -> None:
 
 def cell(key: dict, config: Config, sets: dict, options, model) -> dict[str, Any]:
     """Everything that one row's entry needs."""
-    fitted = train(key, config, sets["train"], options, model)
+    with common.alone(common.run_folder(options, config, trained_as(key))):
+        fitted = train(key, config, sets["train"], options, model)
     variables = jax.tree.map(np.asarray, fitted.variables)
     test = sets["test"]
     folder = common.run_folder(options, config, key)
@@ -295,11 +296,10 @@ def main(config: Config, options) -> None:
     if not options.plot_only:
         sets = load(config)
         model = jr.models.build(**config.model)
-        for key in tqdm(keys(config), desc=NAME, unit="cell", disable=jax.process_index() > 0):
-            if results.find(key) is None:
-                begun = time.monotonic()
-                metrics = cell(key, config, sets, options, model)
-                results.add(key, metrics, time.monotonic() - begun)
+        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+            begun = time.monotonic()
+            metrics = cell(key, config, sets, options, model)
+            results.add(key, metrics, time.monotonic() - begun)
     if jax.process_index() == 0:
         plots_certify.certified_curves(path)
         print(plots_certify.certified_table(path))

@@ -1,6 +1,7 @@
 """What every experiment shares: command line, results file, and where a figure came from."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,13 +9,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from jaxrobust import checkpoint, evaluation, parallel
 from jaxrobust.checkpoint import atomic_write
@@ -120,13 +124,19 @@ class Results:
 
     def __init__(self, path: Path, experiment: str, preset: str, config: Any):
         """Opens `path` if it exists; `config` is the experiment's frozen dataclass."""
-        self.path = path
+        self.path, self.lock = path, None
         config = json.loads(json.dumps(dataclasses.asdict(config)))
         self.record = {"experiment": experiment, "preset": preset, "config": config, "cells": []}
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["config"] != config:
-                raise SystemExit(f"{path} holds another configuration: move it away to run anew")
+        self.read()
+
+    def read(self) -> None:
+        """Takes up the cells that are in the file by now."""
+        if self.path.exists():
+            found = json.loads(self.path.read_text())
+            if found["config"] != self.record["config"]:
+                raise SystemExit(
+                    f"{self.path} holds another configuration: move it away to run anew"
+                )
             self.record["cells"] = found["cells"]
 
     @property
@@ -138,13 +148,86 @@ class Results:
         """The cell with this key, or None."""
         return next((cell for cell in self.cells if cell["key"] == key), None)
 
+    def missing(
+        self,
+        keys: Sequence[dict],
+        folder: Callable[[dict], Path],
+        ready: Callable[[dict], bool] = lambda key: True,
+    ) -> Iterator[dict]:
+        """The cells that are not there, one after the other, to be run and added by the caller.
+
+        Processes that are started with one command, on one machine or on several that share the
+        folders, divide the cells among themselves: each is claimed by a lock, which goes with its
+        process however that ends. Those of one `jax.distributed` job run all cells together.
+
+        Args:
+            keys: all cells, in the order in which they are wanted.
+            folder: of a cell's checkpoints, where it is claimed.
+            ready: whether a cell may be run already; asked with the file read anew.
+        """
+        bar = {"desc": self.record["experiment"], "unit": "cell", "total": len(keys)}
+        with tqdm(**bar, disable=jax.process_index() > 0) as shown:
+            while todo := self._todo(keys, shown):
+                if jax.process_count() > 1:
+                    yield todo[0]
+                    continue
+                for key in todo:
+                    with claimed(folder(key)) as is_ours:
+                        if is_ours and key in self._todo(keys, shown) and ready(key):
+                            self.lock = FileLock(folder(key).parent / "results.lock")
+                            yield key
+                            break
+                else:
+                    time.sleep(1)  # Others are at all that is left.
+
+    def _todo(self, keys: Sequence[dict], shown: tqdm) -> list[dict]:
+        # Processes of one job would read at different moments, and part company.
+        if jax.process_count() == 1:
+            self.read()
+        todo = [key for key in keys if self.find(key) is None]
+        shown.update(len(keys) - len(todo) - shown.n)
+        return todo
+
     def add(self, key: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> None:
         """Adds a cell and writes the file; with several hosts only the first one writes."""
-        self.cells.append(
-            {"key": dict(key), "metrics": dict(metrics), "seconds": round(seconds, 2)}
-        )
-        if jax.process_index() == 0:
-            atomic_write(self.path, json.dumps({**self.record, **provenance()}, indent=1) + "\n")
+        cell = {"key": dict(key), "metrics": dict(metrics), "seconds": round(seconds, 2)}
+        with self.lock or contextlib.nullcontext():
+            if self.lock:
+                self.read()
+            self.cells.append(cell)
+            if jax.process_index() == 0:
+                text = json.dumps({**self.record, **provenance()}, indent=1) + "\n"
+                atomic_write(self.path, text)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process has a folder to itself, for as long as the block takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "claimed.lock", timeout=0):
+            yield True
+    except Timeout:
+        yield False
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process trains in a folder, for what several cells depend on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_count() > 1:  # All of one job train here together.
+        yield
+        return
+    lock = FileLock(folder / "training.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for the process that trains in {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def provenance() -> dict[str, Any]:
@@ -196,10 +279,11 @@ def kept(
 ) -> tuple[dict, dict[str, Any]]:
     """(variables, costs) of `make()`, or of the run before that had them already."""
     weights, costs = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if not weights.exists():
-        variables, taken = make()
-        atomic_write(costs, json.dumps(taken) + "\n")
-        checkpoint.save_weights(weights, jax.tree.map(np.asarray, variables))
+    with alone(folder):
+        if not weights.exists():
+            variables, taken = make()
+            atomic_write(costs, json.dumps(taken) + "\n")
+            checkpoint.save_weights(weights, jax.tree.map(np.asarray, variables))
     variables = {"batch_stats": {}, **checkpoint.load_weights(weights)}
     return variables, json.loads(costs.read_text())
 

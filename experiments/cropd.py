@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxrobust as jr
 from experiments import common, cropd_evaluation, plots_cropd
@@ -253,9 +252,7 @@ def main(config: Config, options) -> None:
     results = common.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         worlds = {}
-        for key in tqdm(keys(config), desc=NAME, unit="cell"):
-            if results.find(key) is not None:
-                continue
+        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
             begun, name = time.monotonic(), key["dataset"]
             if name not in worlds:
                 worlds[name] = world_of(config.problems[name], config)

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from experiments import common, plots_safeclip, safeclip_evaluation
 from experiments.safeclip_evaluation import Judge, World
@@ -321,11 +320,16 @@ def main(config: Config, options) -> None:
     results = common.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         world = world_of(config)
-        for key in tqdm(keys(config), desc=NAME, unit="cell", disable=jax.process_index() > 0):
-            if results.find(key) is None:
-                begun = time.monotonic()
-                metrics = run(key, config, world, results, options)
-                results.add(key, metrics, time.monotonic() - begun)
+        tuned = [key for key in keys(config) if key["attack"] == CANARIES]
+
+        def ready(key: dict) -> bool:
+            return key["method"] != CHOSEN or all(map(results.find, tuned))
+
+        folder = partial(common.run_folder, options, config)
+        for key in results.missing(keys(config), folder, ready):
+            begun = time.monotonic()
+            metrics = run(key, config, world, results, options)
+            results.add(key, metrics, time.monotonic() - begun)
         if jax.process_index() == 0:
             plots_safeclip.triggered(path, world.test.pairs, config)
     if jax.process_index() == 0:

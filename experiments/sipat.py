@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxrobust as jr
 from experiments import common, plots_sipat
@@ -35,15 +34,15 @@ NAME = "sipat"
 def weights(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.Model, dict, dict]:
     """The cell's network, trained if it is not there: (model, variables, what that took)."""
     method, model = config.methods[key["method"]], sets[key["dataset"]]["model"]
-    path = common.run_folder(options, config, key) / "weights.safetensors"
-    taken = {}
-    if not path.exists():
+    folder = common.run_folder(options, config, key)
+
+    def make():
         train_set, taken = annotated(key, config, sets, options)
         area = area_of(key, config, sets, options)
-        fitted = train(key, config, model, train_set, area, path.parent, options)
-        jr.checkpoint.save_weights(path, jax.tree.map(np.asarray, fitted.variables))
-        taken |= {"train_seconds": round(fitted.seconds, 2)}
-    variables = {"batch_stats": {}, **jr.checkpoint.load_weights(path)}
+        fitted = train(key, config, model, train_set, area, folder, options)
+        return fitted.variables, taken | {"train_seconds": round(fitted.seconds, 2)}
+
+    variables, taken = common.kept(folder, "weights", make)
     return model, variables, {**taken, "spared_area": spared_area(method)}
 
 
@@ -281,12 +280,11 @@ def main(config: Config, options) -> None:
     results = common.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         sets = load(config)
-        for key in tqdm(keys(config), desc=NAME, unit="cell"):
-            if results.find(key) is None:
-                begun = time.monotonic()
-                model, variables, taken = weights(key, config, sets, options)
-                metrics = evaluate(key, config, sets, options, model, variables)
-                results.add(key, {**metrics, **taken}, time.monotonic() - begun)
+        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+            begun = time.monotonic()
+            model, variables, taken = weights(key, config, sets, options)
+            metrics = evaluate(key, config, sets, options, model, variables)
+            results.add(key, {**metrics, **taken}, time.monotonic() - begun)
         pictures(config, sets, options, path)
     plots_sipat.curves(path)
     plots_sipat.frontier(path)

@@ -55,6 +55,58 @@ def unfinished(folder):
     return [cell for cell in cells if not (cell / "weights.safetensors").exists()]
 
 
+# Cells that do nothing but take their time, and note which process ran them.
+SHARING = """
+import dataclasses, os, pathlib, time
+from experiments import common
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+
+out = pathlib.Path({out!r})
+results = common.Results(out / "share-smoke.json", "share", "smoke", Config())
+keys = [{{"number": number}} for number in range(8)]
+for key in results.missing(keys, lambda key: out / "runs" / str(key["number"])):
+    with open(out / f"run-{{key['number']}}", "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    time.sleep({seconds})
+    results.add(key, {{"process": os.getpid()}}, 0.0)
+"""
+
+
+def share(out, seconds):
+    program = SHARING.format(out=str(out), seconds=seconds)
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=child_environment())
+
+
+def test_processes_of_one_command_divide_the_cells(tmp_path):
+    processes = [share(tmp_path, 0.5) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    cells = json.loads((tmp_path / "share-smoke.json").read_text())["cells"]
+    assert sorted(cell["key"]["number"] for cell in cells) == list(range(8))
+    assert {cell["metrics"]["process"] for cell in cells} == {run.pid for run in processes}
+    for number in range(8):
+        assert len((tmp_path / f"run-{number}").read_text().split()) == 1
+
+
+def test_a_killed_process_lets_go_of_its_cell(tmp_path):
+    first = share(tmp_path, 600)
+    while not (tmp_path / "run-0").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = share(tmp_path, 0)
+    while len(list(tmp_path.glob("run-*"))) < 8:
+        assert second.poll() is None
+        time.sleep(0.01)
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(timeout=1)  # The first cell is another's.
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert second.wait(timeout=60) == 0
+    assert len((tmp_path / "run-0").read_text().split()) == 2
+
+
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_like_an_unbroken_one(tmp_path):
     whole = start(tmp_path / "whole")
