@@ -76,6 +76,7 @@ def arguments(
 def _start(options, devices):
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrobust/xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    parallel.keep_freed_memory()
     parallel.split_host(options.devices or devices)
     if options.distributed or options.coordinator:
         parallel.initialize(options.coordinator, options.processes, options.process)

@@ -6,6 +6,7 @@ them by `jax.shard_map`, by `jax.pmap`, or, with `axis_name=None`, from the glob
 `jax.jit`. The three give the same numbers.
 """
 
+import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
 MAPPINGS = ("shard_map", "pmap", "jit")
+# Of glibc's malloc.h: blocks of any size come from one heap, whose end is never given back.
+_KEEP = {
+    -4: 0,  # M_MMAP_MAX
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD
+    -8: 1,  # M_ARENA_MAX: each further heap would fault its own pages in
+}
 
 PyTree = Any
 
@@ -51,6 +58,24 @@ def split_host(devices: int) -> None:
         RuntimeError: devices are in use already.
     """
     jax.config.update("jax_num_cpu_devices", devices)
+
+
+def keep_freed_memory() -> bool:
+    """Lets the C library keep what is freed; call it before anything touches a device.
+
+    XLA's programs for CPUs allocate their temporaries anew in every call, and glibc gives large
+    blocks back at once, so that each call's pages are faulted in again. That was more than half of
+    the time of an EfficientNet's gradients (BUILD_NOTES.md). The process then holds the most
+    memory that it ever needed until it ends.
+
+    Returns:
+        Whether the C library took it: glibc does.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return False
+    return all(mallopt(option, value) for option, value in _KEEP.items())
 
 
 def data_mesh(devices: int | Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,6 +1,7 @@
 """Tests of the mappings of a per-device step: means, gradients, placement, errors, deadlocks."""
 
 import json
+import platform
 import socket
 import subprocess
 import sys
@@ -208,6 +209,39 @@ def test_many_collectives_on_more_devices_than_cores_do_not_deadlock(mapping):
         state, chain = run(state, batch)
     np.testing.assert_allclose(state["w"], np.arange(32) * (1 + 0.01 * Y.mean()) ** 200, rtol=1e-4)
     np.testing.assert_allclose(chain, Y.mean() + 16 * Y[::2].mean(), rtol=1e-5)
+
+
+# ---- memory of CPU programs ----------------------------------------------------------------------
+
+FAULTS = """
+import resource, sys
+from jaxrobust import parallel
+kept = parallel.keep_freed_memory() if sys.argv[1] == "kept" else None
+import jax, jax.numpy as jnp
+# A temporary of 64 MB that cannot be fused away; the heap needs some calls until it fits it.
+step = jax.jit(lambda x, w: jnp.sin(x @ w).sum())
+x, w, found = jnp.ones((16384, 16)), jnp.ones((16, 1024)), []
+for _ in range(50):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x, w).block_until_ready()
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, sorted(found)[len(found) // 4])
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc's allocator can be told to keep memory"
+)
+def test_kept_memory_is_not_faulted_in_again():
+    found = {}
+    for how in ("kept", "default"):
+        run = subprocess.run(
+            [sys.executable, "-c", FAULTS, how],
+            env=child_environment(GLIBC_TUNABLES=""), capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found[how] = run.stdout.split()
+    assert found["kept"][0] == "True"
+    assert int(found["kept"][1]) < 0.1 * int(found["default"][1])
 
 
 # ---- two processes ------------------------------------------------------------------------------
