@@ -66,14 +66,19 @@ def preprocessor(key, config: Config, world: World, options) -> tuple[models.Mod
     shape = world.train.images.shape[1:]
     if method.kind in ("jpeg", "total_variation"):
         return models.build(method.kind, **method.options), {"params": {}}, {}
-    model = models.autoencoder(
-        shape, widths=problem.widths, patch=problem.patch, latent_norm=True,
-        latent_channels=method.latent_channels or problem.latent_channels,
-    )  # fmt: skip
+    model = autoencoder_of(method, problem, shape)
     objective = objective_of(method, problem, config, shape)
     epochs = epochs_of(model, objective, problem, config, shape)
     fitted = trained(key, config, world, options, model, objective, epochs, config.rate)
     return model, fitted[0], fitted[1]
+
+
+def autoencoder_of(method: Method, problem: Problem, shape: tuple[int, ...]):
+    """The auto-encoder that a method trains for images [h, w, c]."""
+    return models.autoencoder(
+        shape, widths=problem.widths, patch=problem.patch, latent_norm=True,
+        latent_channels=method.latent_channels or problem.latent_channels,
+    )  # fmt: skip
 
 
 def objective_of(
@@ -141,15 +146,9 @@ def trained(
     key, config, world, options, model, objective, epochs, rate, start=None, **choosing
 ) -> tuple[dict, dict]:
     """(variables, costs) after training; `start` is what it begins from, `choosing` for `fit`."""
-    folder = common.run_folder(options, config, key)
+    folder, shape = common.run_folder(options, config, key), world.train.images.shape[1:]
     per_epoch = jr.data.steps_per_epoch(world.train, config.batch_size)
-    schedule = training.learning_rate("cosine", rate, epochs * per_epoch, warmup=0.1)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    problem, shape = world.problem, world.train.images.shape[1:]
-    parts = [partial(jr.data.pad_crop, pad=problem.shift)] + [jr.data.flip] * problem.flip
-    step = training.train_step(
-        model, optimizer, objective, augment=jr.data.compose(*parts), ema_decay=config.ema_decay
-    )
+    step, optimizer = step_of(model, objective, epochs * per_epoch, rate, config, world.problem)
 
     def create(seed):
         state = training.create_state(
@@ -182,6 +181,17 @@ def trained(
         return fitted.variables, costs
 
     return common.kept(folder, "weights", make)
+
+
+def step_of(model, objective, steps: int, rate: float, config: Config, problem: Problem):
+    """(training step, its optimizer) of a run of so many steps."""
+    schedule = training.learning_rate("cosine", rate, steps, warmup=0.1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    parts = [partial(jr.data.pad_crop, pad=problem.shift)] + [jr.data.flip] * problem.flip
+    step = training.train_step(
+        model, optimizer, objective, augment=jr.data.compose(*parts), ema_decay=config.ema_decay
+    )
+    return step, optimizer
 
 
 def flops(model, objective: training.Objective, config: Config, shape) -> float:

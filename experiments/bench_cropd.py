@@ -1,0 +1,148 @@
+"""What training a pre-processor costs beside adversarial training of the model that it protects.
+
+    python -m experiments.bench_cropd                  # the laptop preset's networks; minutes
+    python -m experiments.bench_cropd --preset smoke   # seconds
+
+One training step of each row of the CRoPD experiment, in turn in one process and on one device, so
+that seconds can be compared; in the experiment's table they may come from several machines. Each
+step is multiplied by the steps of its training: a pre-processor's are those of the preset, and
+adversarial fine-tuning is counted by the epoch, since its validation ends it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxrobust as jr
+from experiments import common, cropd, timing
+from experiments import cropd_settings as settings
+from jaxrobust import models, training
+
+NAME = "bench_cropd"
+RIVAL = "aff"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is timed."""
+
+    preset: settings.Config = settings.PRESETS["laptop"]
+    datasets: tuple[str, ...] = ("emoji", "mnist5k")
+    methods: tuple[str, ...] = (
+        "recommended", "gaussian_dae", "autoencoder", "reported", "alf", RIVAL
+    )  # fmt: skip
+    repeats: int = 15
+    seconds: float = 120.0
+
+
+PRESETS = {
+    "full": Config(),
+    "smoke": Config(
+        preset=settings.PRESETS["smoke"], datasets=("cutouts",), methods=("recommended",),
+        repeats=2,
+    ),
+}  # fmt: skip
+
+
+def row(name: str, config: settings.Config, world: settings.World) -> tuple[Callable, dict]:
+    """(one step that is waited for, what is counted of it) of a method's training."""
+    method, problem, shape = config.methods[name], world.problem, world.train.images.shape[1:]
+    per_epoch = jr.data.steps_per_epoch(world.train, config.batch_size)
+    if method.kind in ("alf", "aff"):
+        frozen = ("foundation",) if method.kind == "alf" else ()
+        model = models.defend(None, world.size, world.foundation, world.classes, frozen=frozen)
+        attack = jr.linf_pgd(problem.eps, steps=config.rival_steps)
+        objective, epochs, rate = training.adversarial(attack), None, config.rival_rate
+    else:
+        model = cropd.autoencoder_of(method, problem, shape)
+        objective, rate = cropd.objective_of(method, problem, config, shape), config.rate
+        epochs = cropd.epochs_of(model, objective, problem, config, shape)
+    steps = (epochs or config.rival_epochs) * per_epoch
+    step, optimizer = cropd.step_of(model, objective, steps, rate, config, problem)
+    make = partial(
+        training.create_state, model, optimizer, shape=shape, ema=True, extra=objective.extra
+    )
+    mesh = jr.parallel.data_mesh(1)
+    state = jr.parallel.create(make, mesh, jax.random.key(0))
+    rows = slice(config.batch_size)
+    batch = {
+        "image": world.train.images[rows],
+        "label": np.asarray(world.train.labels[rows]),
+        "index": jnp.arange(config.batch_size, dtype=jnp.int32),
+    }
+    run, batch = jr.parallel.data_parallel(step, mesh), jr.parallel.shard_batch(batch, mesh)
+
+    def once():
+        nonlocal state
+        state, metrics = run(state, batch)
+        return float(metrics["loss"])
+
+    counted = {
+        "step_flops": cropd.flops(model, objective, config, shape),
+        "steps_per_epoch": per_epoch,
+        "epochs": epochs,
+    }
+    return once, counted
+
+
+def table(cells: list[Mapping[str, Any]]) -> str:
+    """Milliseconds and operations of a step, and of a whole training in epochs of fine-tuning."""
+    of = {(cell["key"]["dataset"], cell["key"]["method"]): cell["metrics"] for cell in cells}
+    rows = []
+    for (dataset, method), found in of.items():
+        rival, epochs = of.get((dataset, RIVAL)), found["epochs"]
+        costs = [
+            f"{found[name] * epochs * found['steps_per_epoch'] / of_epoch(rival, name):.2f}"
+            if epochs and rival
+            else ""
+            for name in ("step_flops", "seconds_median")
+        ]
+        rows.append(
+            [
+                dataset, method, f"{1e3 * found['seconds_median']:.1f}",
+                f"{found['step_flops'] / 1e9:.2f}",
+                f"{found['step_flops'] / found['seconds_median'] / 1e9:.0f}",
+                str(epochs or ""), *costs,
+            ]
+        )  # fmt: skip
+    header = [
+        "set", "training", "ms per step", "GFLOP per step", "GFLOP/s", "epochs",
+        f"FLOPs of all, in epochs of {RIVAL}", "seconds of all, likewise",
+    ]  # fmt: skip
+    return common.markdown(header, rows)
+
+
+def of_epoch(found: Mapping[str, Any], name: str) -> float:
+    """FLOPs or seconds of one epoch."""
+    return found[name] * found["steps_per_epoch"]
+
+
+def main(config: Config, options) -> None:
+    """Times and writes."""
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    path = options.out / f"{NAME}-{options.preset if options.preset == 'smoke' else kind}.json"
+    path.unlink(missing_ok=True)
+    results = common.Results(path, NAME, options.preset, config)
+    for dataset in config.datasets:
+        begun = time.monotonic()
+        world = cropd.world_of(config.preset.problems[dataset], config.preset)
+        rows = {name: row(name, config.preset, world) for name in config.methods}
+        runs = {name: once for name, (once, _) in rows.items()}
+        timed = timing.interleaved(runs, repeats=config.repeats, seconds=config.seconds)
+        for name, figures in timed.items():
+            key = {"dataset": dataset, "method": name}
+            results.add(key, {**figures, **rows[name][1]}, time.monotonic() - begun)
+        print(f"{dataset}: {time.monotonic() - begun:.0f} s", flush=True)
+    print(table(results.cells))
+    print(f"results: {path}")
+
+
+if __name__ == "__main__":
+    chosen = common.arguments(__doc__, PRESETS, default="full")
+    main(PRESETS[chosen.preset], chosen)
