@@ -144,11 +144,14 @@ def verdict(path: Path) -> str:
     A defence counts only where the attack succeeds without one, on every seed. Usefulness is
     zero-shot accuracy and retrieval in units of the undefended network's: of the one that met the
     same poisons, and of the one that met none, by which it is judged where it was trained; on the
-    seeds that both were run on.
+    seeds that both were run on. Two trainings with equal settings differ by a tenth in retrieval,
+    so where several attacks were met a last table takes them together, with 95 % intervals over
+    all trainings.
     """
     record = read(path)
     rows, lines = seeds_of(record, "attack", "method"), []
     unpoisoned = rows.get((NOTHING, UNDEFENDED), {})
+    together = defaultdict(list)
     for attack in record["config"]["attacks"]:
         bare = rows.get((attack, UNDEFENDED))
         if attack in (CANARIES, NOTHING) or not bare:
@@ -161,7 +164,9 @@ def verdict(path: Path) -> str:
                 continue
             shares = [share_of(cell, kind) for cell in cells.values()]
             rates = [share["estimate"] for share in shares]
-            useful = [usefulness(cells, rivals) for rivals in (bare, unpoisoned)]
+            beside = [paired(cells, rivals) for rivals in (bare, unpoisoned)]
+            together[method].append((attack, rates, beside))
+            useful = [usefulness(found) for found in beside]
             judged = useful[1] or useful[0]
             lines.append(
                 [
@@ -179,21 +184,57 @@ def verdict(path: Path) -> str:
         "upper end, all seeds %", "stops it (10 %)", "zero-shot / retrieval, % of undefended",
         "% of unpoisoned", "as useful (90 %)", "seeds",
     ]  # fmt: skip
-    return markdown(header, lines)
+    parts = [markdown(header, lines)]
+    several = {method: found for method, found in together.items() if len(found) > 1}
+    if several:
+        header = [
+            "training", "attacks", "success, mean %",
+            "zero-shot, % of undefended", "retrieval, % of undefended",
+            "zero-shot, % of unpoisoned", "retrieval, % of unpoisoned",
+        ]  # fmt: skip
+        parts.append(markdown(header, [all_attacks(*found) for found in several.items()]))
+    return "\n\n".join(parts)
 
 
-def usefulness(cells: dict[int, dict], rivals: dict[int, dict]) -> list[float]:
-    """Zero-shot accuracy and retrieval as shares of another row's, means over common seeds."""
-    common_seeds = cells.keys() & rivals.keys()
-    if not common_seeds:
+def all_attacks(method: str, found: list[tuple]) -> list[str]:
+    """A row of the last table: the mean over attacks, and usefulness over all trainings."""
+    attacks, rates, beside = zip(*found, strict=True)
+    ratios = []
+    for column in zip(*beside, strict=True):
+        pairs = [pair for one in column for pair in one]
+        shares, draws = usefulness(pairs), resampled(pairs)
+        for place, share in enumerate(shares):
+            low, high = np.percentile(draws[:, place], (2.5, 97.5))
+            ratios.append(f"{percent(share, 0)} ({percent(low, 0)} to {percent(high, 0)})")
+        ratios += [] if shares else ["not run"] * 2
+    mean = np.mean([np.mean(one) for one in rates])
+    return [method, ", ".join(attacks), percent(mean), *ratios]
+
+
+Pair = tuple[tuple[float, float], tuple[float, float]]
+
+
+def paired(cells: dict[int, dict], rivals: dict[int, dict]) -> list[Pair]:
+    """(zero-shot accuracy, retrieval) of a row and of another one, on the seeds of both."""
+    of = lambda cell: (cell["zero_shot"]["top1"], recall(cell))  # noqa: E731
+    return [(of(cells[seed]), of(rivals[seed])) for seed in sorted(cells.keys() & rivals.keys())]
+
+
+def usefulness(pairs: list[Pair]) -> list[float]:
+    """Zero-shot accuracy and retrieval as shares of another row's, means over all pairs."""
+    if not pairs:
         return []
-    return [
-        float(
-            np.mean([of(cells[s]) for s in common_seeds])
-            / np.mean([of(rivals[s]) for s in common_seeds])
-        )
-        for of in (lambda cell: cell["zero_shot"]["top1"], recall)
-    ]
+    ours, theirs = np.mean(pairs, 0)
+    return [float(value) for value in ours / theirs]
+
+
+def resampled(pairs: list[Pair], draws: int = 10_000) -> np.ndarray:
+    """[draws, 2] `usefulness` of pairs drawn with replacement."""
+    if not pairs:
+        return np.empty((0, 2))
+    rows = np.random.default_rng(0).integers(len(pairs), size=(draws, len(pairs)))
+    ours, theirs = np.moveaxis(np.asarray(pairs)[rows].mean(1), 1, 0)
+    return ours / theirs
 
 
 def histograms(path: Path) -> None:

@@ -204,7 +204,7 @@ def clean_pairs(config: Config, world: World) -> Pairs:
 
 def thinned(method: Method, pairs, manifest, seed: int) -> tuple[Pairs, dict]:
     """The pairs with few near copies of each image, and who of the poisons is still there."""
-    groups = safeclip.near_copies(safeclip.thumbnails(pairs.images), cosine=method.alike)
+    groups = safeclip.near_copies(safeclip.thumbnails(pairs.images))
     keep = np.isin(np.arange(len(groups)), safeclip.thin(groups, method.copies, seed=seed))
     keep = parallel.from_first_process(keep)
     is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)

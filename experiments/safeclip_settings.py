@@ -49,7 +49,6 @@ class Method:
     official: bool = False  # the authors' schedule, scoring and mixture
     splitter: str | None = None  # a function of `safeclip` in place of the mixture
     copies: int | None = None  # near copies of one image that are trained on, at most
-    alike: float = 0.95  # cosine of small pictures from which they are copies
     # Fine-tuning of this method's network on clean pairs, or training without what looks like an
     # outlier to it.
     after: str | None = None
@@ -71,19 +70,14 @@ METHODS = {
 
 
 def agreeing(
-    share: float,
-    *,
-    copies: int | None = None,
-    alike: float = 0.95,
-    growth: float = 0.01,
-    **settings: Any,
+    share: float, *, copies: int | None = None, growth: float = 0.01, **settings: Any
 ) -> Method:
     """SAFECLIP that splits by agreement with neighbours, before any image has met a text."""
     settings = {
         "scoring": "agreement", "slow_epochs": 0, "threshold": 1 - share, "growth": growth,
         "bounds": (0.0, 1.0), **settings,
     }  # fmt: skip
-    return Method(settings=settings, splitter="by_rank", copies=copies, alike=alike)
+    return Method(settings=settings, splitter="by_rank", copies=copies)
 
 
 # Settings of SAFECLIP that canaries choose from: single changes, and those that helped together.
@@ -106,10 +100,6 @@ CANDIDATES = {
     # Without the copies an epoch is shorter: 23 take about as many steps as 20 on all pairs.
     "agreement_50_full_thinned": agreeing(
         0.5, copies=5, growth=0.07, unimodal_epochs=3, cap=0.9, epochs=23
-    ),
-    # Drawings that are merely alike stay: 2 % of the clean pairs go instead of 5.
-    "agreement_50_close_thinned": agreeing(
-        0.5, copies=5, alike=0.98, growth=0.07, unimodal_epochs=3, cap=0.92
     ),
     "agreement_50_wide_thinned": agreeing(0.5, copies=5, growth=0.07, unimodal_epochs=3, cap=0.97),
     "agreement_50_soon_thinned": agreeing(0.5, copies=5, growth=0.1, unimodal_epochs=2, cap=0.95),

@@ -201,7 +201,7 @@ def test_a_defence_counts_only_where_the_attack_works_without_it(tmp_path):
             ("badnets", "safeclip_fixed", 0): metrics(backdoor=11, recall=0.35),
         },
     )
-    lines = plots_safeclip.verdict(path).splitlines()[2:]
+    lines = plots_safeclip.verdict(path).split("\n\n")[0].splitlines()[2:]
     shown = [line.strip("| ").split(" | ") for line in lines]
     first = ["0.0", "0.0", "19.4", "yes", "100 / 92", "not run", "yes", "1"]
     second = ["11.0", "11.0", "18.6", "no", "100 / 87", "not run", "no", "1"]
@@ -222,6 +222,28 @@ def test_usefulness_is_judged_by_the_network_that_met_no_poison(tmp_path):
     )
     line = plots_safeclip.verdict(path).splitlines()[-1]
     assert line.strip("| ").split(" | ")[-4:] == ["250 / 100", "83 / 80", "no", "1"]
+
+
+def test_attacks_are_taken_together_over_all_trainings(tmp_path):
+    path = write(
+        tmp_path / "safeclip-test.json",
+        {
+            (NOTHING, "clip_augmented", 0): metrics(top1=0.5, recall=0.5),
+            ("targeted", "clip_augmented", 0): metrics(16, top1=0.5, recall=0.4),
+            ("targeted", "safeclip_fixed", 0): metrics(4, top1=0.6, recall=0.3),
+            ("badnets", "clip_augmented", 0): metrics(backdoor=90, top1=0.5, recall=0.4),
+            ("badnets", "safeclip_fixed", 0): metrics(backdoor=5, top1=0.4, recall=0.3),
+            ("badnets", "clip", 0): metrics(backdoor=5),
+        },
+    )
+    _, together = plots_safeclip.verdict(path).split("\n\n")
+    undefended, unpoisoned = (
+        ("100 (80 to 120)", "75 (75 to 75)"),
+        ("100 (80 to 120)", "60 (60 to 60)"),
+    )
+    assert [line.strip("| ").split(" | ") for line in together.splitlines()[2:]] == [
+        ["safeclip_fixed", "targeted, badnets", "15.0", *undefended, *unpoisoned]
+    ]
 
 
 def test_usefulness_is_compared_on_the_seeds_that_both_rows_have(tmp_path):
