@@ -130,11 +130,22 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
 def create(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
     """Runs `init(*args)` compiled, with every output replicated over the mesh.
 
-    State is born on its devices: across processes a typed key cannot be put there later.
+    State is born on its devices: across processes a typed key cannot be put there later. And it is
+    born with the types that a step gives back, so that the second step is the first one's program.
     """
-    made = jax.jit(init, out_shardings=NamedSharding(mesh, P()))(*args)
+
+    def born(*args):
+        return jax.tree.map(_strong, init(*args))
+
+    made = jax.jit(born, out_shardings=NamedSharding(mesh, P()))(*args)
     # Ready, for the reason that is given in `data_parallel`.
     return jax.block_until_ready(made)
+
+
+def _strong(x):
+    """As it is, but for the weak type of what came of Python's numbers alone."""
+    kind = jax.typeof(x)
+    return jax.lax.convert_element_type(x, kind.dtype) if kind.weak_type else x
 
 
 def data_parallel(

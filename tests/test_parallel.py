@@ -118,6 +118,23 @@ def test_created_state_is_replicated_over_the_mesh_keys_included():
     )
 
 
+def test_the_second_step_on_a_weakly_typed_start_is_the_first_ones_program():
+    traced = []
+
+    def step(state, batch, axis_name):
+        traced.append(None)
+        mean = parallel.mean(batch["y"].mean(), axis_name)
+        return {"scale": state["scale"] * mean, "count": state["count"] + 1}, mean
+
+    mesh = parallel.data_mesh(2)
+    run = parallel.data_parallel(step, mesh)
+    state = parallel.create(lambda: {"scale": jnp.log(2.0), "count": 0}, mesh)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    for _ in range(3):
+        state, _ = run(state, parallel.shard_batch({"y": Y}, mesh))
+    assert len(traced) == 1
+
+
 def test_a_sharded_batch_lies_on_the_devices_in_order():
     mesh = parallel.data_mesh(8)
     y = parallel.shard_batch({"y": Y}, mesh)["y"]

@@ -59,6 +59,7 @@ def targeted(
         The pairs with the poisons behind them, under new ids from `FIRST_ID`; and the manifest.
 
     Raises:
+        TypeError: images that are not floating point.
         ValueError: images that do not fit the pairs' or the classes' number, a target that is of
             its class by caption or label, no caption that holds a class, or a rate that gives no
             poison.
@@ -126,6 +127,7 @@ def backdoor(
         The poisoned pairs and the manifest.
 
     Raises:
+        TypeError: images that are not floating point.
         ValueError: another style, images that do not fit, fewer images than poisons, no caption
             that holds the class, or a rate that gives no poison.
 
@@ -232,6 +234,8 @@ def _count(name, rate, pairs):
 
 
 def _check_fit(pairs, others, name):
+    for some in (pairs, others):
+        stored_images.checked(some.images)
     if others.images.shape[1:] != pairs.images.shape[1:]:
         raise ValueError(
             f"{name} must have images {pairs.images.shape[1:]} as the pairs have, got "
