@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from jaxrobust.files import temporary_beside
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PACKAGES = ("jaxrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Memory mappings from which compiled programs are dropped.
+MOST_MAPPINGS = 15_000
 # Fields of a cell that may differ between two runs of the same command.
 TIMES = (
     "seconds",
@@ -171,12 +174,14 @@ class Results:
             while todo := self._todo(keys, shown):
                 if jax.process_count() > 1:
                     yield todo[0]
+                    forget_programs()
                     continue
                 for key in todo:
                     with claimed(folder(key)) as is_ours:
                         if is_ours and key in self._todo(keys, shown) and ready(key):
                             self.lock = FileLock(folder(key).parent / "results.lock")
                             yield key
+                            forget_programs()
                             break
                 else:
                     time.sleep(1)  # Others are at all that is left.
@@ -199,6 +204,18 @@ class Results:
             if jax.process_index() == 0:
                 text = json.dumps({**self.record, **provenance()}, indent=1) + "\n"
                 atomic_write(self.path, text)
+
+
+def forget_programs() -> None:
+    """Drops compiled programs before a process has more memory mappings than Linux lets it have.
+
+    A program for the CPU holds several. At `vm.max_map_count`, 65,530 unless set higher, the
+    compiler's next allocation fails and the process dies; a cell may add 15,000.
+    """
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @contextlib.contextmanager

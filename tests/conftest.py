@@ -1,13 +1,10 @@
 """Eight fake devices, run-time shape checks, and warnings as errors for every test."""
 
-import gc
 import os
 import subprocess
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from pathlib import Path
 
 import hypothesis
 import jax
@@ -65,13 +62,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_mappings():
-    """Drop compiled programs after a file, before a process has more than Linux lets it map.
+    """After a file, drop compiled programs before there are too many for one process."""
+    from experiments.common import forget_programs
 
-    Each program holds several mappings. At `vm.max_map_count`, 65,530 unless set higher, the
-    compiler's next allocation fails and the process dies of a segmentation fault.
-    """
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > 15_000:
-        jax.clear_caches()
-        gc.collect()
+    forget_programs()
