@@ -354,14 +354,16 @@ def training_flops(key: dict, config: Config, train_set, model) -> float:
 
 def cell(key: dict, config: Config, sets: dict, options, model) -> dict[str, Any]:
     """Everything that one row's entry needs."""
-    fitted = train(key, config, sets, options, model)
-    variables = jax.tree.map(np.asarray, fitted.variables)
-    if jax.process_index() == 0:
-        jr.checkpoint.save_weights(
-            common.run_folder(options, config, key) / "weights.safetensors",
-            variables,
-            metadata={name: str(value) for name, value in key.items()},
-        )
+    folder = common.run_folder(options, config, key)
+    with common.alone(folder):
+        fitted = train(key, config, sets, options, model)
+        variables = jax.tree.map(np.asarray, fitted.variables)
+        if jax.process_index() == 0:
+            jr.checkpoint.save_weights(
+                folder / "weights.safetensors",
+                variables,
+                metadata={name: str(value) for name, value in key.items()},
+            )
     return {
         **evaluate(key, config, sets["test"], model, variables),
         "train_seconds": round(fitted.seconds, 2),

@@ -44,8 +44,12 @@ class Config:
 PRESETS = {
     "full": Config(),
     "smoke": Config(
-        preset=settings.PRESETS["smoke"], datasets=("cutouts",), methods=("recommended",),
-        repeats=2,
+        preset=dataclasses.replace(
+            settings.PRESETS["smoke"],
+            methods={name: settings.METHODS[name] for name in ("recommended", RIVAL)},
+            rival_steps=1,
+        ),
+        datasets=("cutouts",), methods=("recommended", RIVAL), repeats=2,
     ),
 }  # fmt: skip
 
@@ -53,8 +57,8 @@ PRESETS = {
 def row(name: str, config: settings.Config, world: settings.World) -> tuple[Callable, dict]:
     """(one step that is waited for, what is counted of it) of a method's training."""
     method, problem, shape = config.methods[name], world.problem, world.train.images.shape[1:]
-    per_epoch = jr.data.steps_per_epoch(world.train, config.batch_size)
     if method.kind in ("alf", "aff"):
+        world, _ = cropd.without_a_tenth(world)
         frozen = ("foundation",) if method.kind == "alf" else ()
         model = models.defend(None, world.size, world.foundation, world.classes, frozen=frozen)
         attack = jr.linf_pgd(problem.eps, steps=config.rival_steps)
@@ -63,6 +67,7 @@ def row(name: str, config: settings.Config, world: settings.World) -> tuple[Call
         model = cropd.autoencoder_of(method, problem, shape)
         objective, rate = cropd.objective_of(method, problem, config, shape), config.rate
         epochs = cropd.epochs_of(model, objective, problem, config, shape)
+    per_epoch = jr.data.steps_per_epoch(world.train, config.batch_size)
     steps = (epochs or config.rival_epochs) * per_epoch
     step, optimizer = cropd.step_of(model, objective, steps, rate, config, problem)
     make = partial(
@@ -127,6 +132,9 @@ def main(config: Config, options) -> None:
     """Times and writes."""
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = options.out / f"{NAME}-{options.preset if options.preset == 'smoke' else kind}.json"
+    if options.plot_only:
+        print(table(common.Results(path, NAME, options.preset, config).cells))
+        return
     path.unlink(missing_ok=True)
     results = common.Results(path, NAME, options.preset, config)
     for dataset in config.datasets:

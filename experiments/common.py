@@ -163,6 +163,7 @@ class Results:
         Processes that are started with one command, on one machine or on several that share the
         folders, divide the cells among themselves: each is claimed by a lock, which goes with its
         process however that ends. Those of one `jax.distributed` job run all cells together.
+        Processes that share a machine slow each other: seconds are then no measurement.
 
         Args:
             keys: all cells, in the order in which they are wanted.
@@ -303,7 +304,7 @@ def kept(
             atomic_write(costs, json.dumps(taken) + "\n")
             checkpoint.save_weights(weights, jax.tree.map(np.asarray, variables))
     variables = {"batch_stats": {}, **checkpoint.load_weights(weights)}
-    return variables, json.loads(costs.read_text())
+    return variables, json.loads(costs.read_text()) if costs.exists() else {}
 
 
 def once(path: Path, make: Callable[[Path], None]) -> None:

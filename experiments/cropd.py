@@ -117,9 +117,7 @@ def rival(key, config: Config, world: World, options) -> Built:
     """
     frozen = ("foundation",) if config.methods[key["method"]].kind == "alf" else ()
     model = models.defend(None, world.size, world.foundation, world.classes, frozen=frozen)
-    count = len(world.train.labels)
-    held_out = world.train.take(slice(count - count // 10, count))
-    world = world._replace(train=world.train.take(slice(count - count // 10)))
+    world, held_out = without_a_tenth(world)
     start = models.join(foundation=world.published)
     start = models.join(foundation=world.published, head=fit_head(model, start, config, world))
     attack = jr.linf_pgd(world.problem.eps, steps=config.rival_steps)
@@ -140,6 +138,13 @@ def rival(key, config: Config, world: World, options) -> Built:
         start, validate=validate, patience=config.patience,
     )  # fmt: skip
     return Built(model, variables, costs)
+
+
+def without_a_tenth(world: World) -> tuple[World, jr.data.Dataset]:
+    """The world of a rival, and the training images that choose its epoch."""
+    kept = len(world.train.labels) - len(world.train.labels) // 10
+    held_out = world.train.take(slice(kept, len(world.train.labels)))
+    return world._replace(train=world.train.take(slice(kept))), held_out
 
 
 def trained(

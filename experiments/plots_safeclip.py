@@ -1,7 +1,7 @@
 """Tables and plots of the SAFECLIP experiment, drawn from its results file."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,7 @@ def verdict(path: Path) -> str:
     zero-shot accuracy and retrieval in units of the undefended network's: of the one that met the
     same poisons, and of the one that met none, by which it is judged where it was trained; on the
     seeds that both were run on. Two trainings with equal settings differ by a tenth in retrieval,
-    so where several attacks were met a last table takes them together, with 95 % intervals over
-    all trainings.
+    so a last table takes all attacks together that work undefended, with 95 % intervals.
     """
     record = read(path)
     rows, lines = seeds_of(record, "attack", "method"), []
@@ -165,8 +164,9 @@ def verdict(path: Path) -> str:
             shares = [share_of(cell, kind) for cell in cells.values()]
             rates = [share["estimate"] for share in shares]
             beside = [paired(cells, rivals) for rivals in (bare, unpoisoned)]
-            together[method].append((attack, rates, beside))
-            useful = [usefulness(found) for found in beside]
+            if works:
+                together[method].append((attack, rates, beside))
+            useful = [usefulness(trainings) for trainings in beside]
             judged = useful[1] or useful[0]
             lines.append(
                 [
@@ -200,41 +200,55 @@ def all_attacks(method: str, found: list[tuple]) -> list[str]:
     """A row of the last table: the mean over attacks, and usefulness over all trainings."""
     attacks, rates, beside = zip(*found, strict=True)
     ratios = []
-    for column in zip(*beside, strict=True):
-        pairs = [pair for one in column for pair in one]
-        shares, draws = usefulness(pairs), resampled(pairs)
+    for trainings in zip(*beside, strict=True):
+        shares, limits = usefulness(*trainings), usefulness_interval(trainings)
         for place, share in enumerate(shares):
-            low, high = np.percentile(draws[:, place], (2.5, 97.5))
-            ratios.append(f"{percent(share, 0)} ({percent(low, 0)} to {percent(high, 0)})")
+            low, high = limits[:, place]
+            known = f" ({percent(low, 0)} to {percent(high, 0)})" if np.isfinite(low) else ""
+            ratios.append(percent(share, 0) + known)
         ratios += [] if shares else ["not run"] * 2
     mean = np.mean([np.mean(one) for one in rates])
     return [method, ", ".join(attacks), percent(mean), *ratios]
 
 
-Pair = tuple[tuple[float, float], tuple[float, float]]
+# By seed: (zero-shot accuracy, retrieval) of a row's training, and of another row's.
+Trainings = dict[int, tuple[tuple[float, float], tuple[float, float]]]
 
 
-def paired(cells: dict[int, dict], rivals: dict[int, dict]) -> list[Pair]:
-    """(zero-shot accuracy, retrieval) of a row and of another one, on the seeds of both."""
+def paired(cells: dict[int, dict], rivals: dict[int, dict]) -> Trainings:
+    """What a row and another one can do, on the seeds of both."""
     of = lambda cell: (cell["zero_shot"]["top1"], recall(cell))  # noqa: E731
-    return [(of(cells[seed]), of(rivals[seed])) for seed in sorted(cells.keys() & rivals.keys())]
+    return {seed: (of(cells[seed]), of(rivals[seed])) for seed in cells.keys() & rivals.keys()}
 
 
-def usefulness(pairs: list[Pair]) -> list[float]:
-    """Zero-shot accuracy and retrieval as shares of another row's, means over all pairs."""
+def usefulness(*found: Trainings) -> list[float]:
+    """Zero-shot accuracy and retrieval as shares of another row's, means over all trainings."""
+    pairs = [pair for trainings in found for pair in trainings.values()]
     if not pairs:
         return []
     ours, theirs = np.mean(pairs, 0)
     return [float(value) for value in ours / theirs]
 
 
-def resampled(pairs: list[Pair], draws: int = 10_000) -> np.ndarray:
-    """[draws, 2] `usefulness` of pairs drawn with replacement."""
-    if not pairs:
-        return np.empty((0, 2))
-    rows = np.random.default_rng(0).integers(len(pairs), size=(draws, len(pairs)))
-    ours, theirs = np.moveaxis(np.asarray(pairs)[rows].mean(1), 1, 0)
-    return ours / theirs
+def usefulness_interval(found: Sequence[Trainings], draws: int = 10_000) -> np.ndarray:
+    """[2, 2] ends of the two 95 % intervals: seeds and attacks are drawn with replacement.
+
+    Trainings of one seed share their order and views, and all attacks the unpoisoned network; so
+    both are drawn whole. Three seeds bound little; one bounds nothing, and gives NaN.
+    """
+    rows = [(attack, seed) for attack, one in enumerate(found) for seed in one]
+    if len({seed for _, seed in rows}) < 2:
+        return np.full((2, 2), np.nan)
+    attacks, seeds = (np.unique(column, return_inverse=True)[1] for column in np.transpose(rows))
+    random = np.random.default_rng(0)
+    weights = np.ones((draws, len(rows)))
+    for places in (attacks, seeds):
+        count = places.max() + 1
+        weights *= random.multinomial(count, np.full(count, 1 / count), draws)[:, places]
+    ours, theirs = np.moveaxis([found[attack][seed] for attack, seed in rows], 1, 0)
+    some = weights.sum(1) > 0
+    ratios = (weights[some] @ ours) / (weights[some] @ theirs)
+    return np.percentile(ratios, (2.5, 97.5), axis=0)
 
 
 def histograms(path: Path) -> None:

@@ -123,6 +123,8 @@ def annotated(key, config, sets, options) -> tuple[jr.data.Dataset, dict]:
     method, train_set = config.methods[key["method"]], sets[key["dataset"]]["train"]
     if method.source is None:
         return train_set._replace(salience=None), {}
+    if method.source != "human":  # The teacher's training is no cost of the maps.
+        weights({**key, "method": method.teacher}, config, sets, options)
     begun = time.perf_counter()
     scores = scores_of(key, method, config, sets, options, "train")
     maps = maps_of(method, scores, key["seed"])

@@ -22,7 +22,7 @@ MAPPINGS = ("shard_map", "pmap", "jit")
 # Of glibc's malloc.h: blocks of any size come from one heap, whose end is never given back.
 _KEEP = {
     -4: 0,  # M_MMAP_MAX
-    -1: 2**31 - 1,  # M_TRIM_THRESHOLD
+    -1: -1,  # M_TRIM_THRESHOLD, where -1 is never
     -8: 1,  # M_ARENA_MAX: each further heap would fault its own pages in
 }
 
@@ -133,11 +133,8 @@ def create(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
     State is born on its devices: across processes a typed key cannot be put there later. And it is
     born with the types that a step gives back, so that the second step is the first one's program.
     """
-
-    def born(*args):
-        return jax.tree.map(_strong, init(*args))
-
-    made = jax.jit(born, out_shardings=NamedSharding(mesh, P()))(*args)
+    made = jax.jit(init, out_shardings=NamedSharding(mesh, P()))(*args)
+    made = jax.tree.map(_strong, made)
     # Ready, for the reason that is given in `data_parallel`.
     return jax.block_until_ready(made)
 

@@ -55,7 +55,8 @@ def unfinished(folder):
     return [cell for cell in cells if not (cell / "weights.safetensors").exists()]
 
 
-# Cells that do nothing but take their time, and note which process ran them.
+# Cells that do nothing but take their time, and note which process ran them; the last one hangs on
+# the others.
 SHARING = """
 import dataclasses, os, pathlib, time
 from experiments import common
@@ -67,44 +68,98 @@ class Config:
 out = pathlib.Path({out!r})
 results = common.Results(out / "share-smoke.json", "share", "smoke", Config())
 keys = [{{"number": number}} for number in range(8)]
-for key in results.missing(keys, lambda key: out / "runs" / str(key["number"])):
+ready = lambda key: key != keys[-1] or all(map(results.find, keys[:-1]))
+(out / f"started-{{os.getpid()}}").touch()
+while len(list(out.glob("started-*"))) < {processes}:
+    time.sleep(0.01)
+for key in results.missing(keys, lambda key: out / "runs" / str(key["number"]), ready):
     with open(out / f"run-{{key['number']}}", "a") as file:
         file.write(f"{{os.getpid()}}\\n")
     time.sleep({seconds})
-    results.add(key, {{"process": os.getpid()}}, 0.0)
+    results.add(key, {{"process": os.getpid(), "seen": len(results.cells)}}, 0.0)
 """
 
 
-def share(out, seconds):
-    program = SHARING.format(out=str(out), seconds=seconds)
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=child_environment())
+@pytest.fixture
+def share():
+    """Starts a process that shares the cells in a folder; none outlives its test."""
+    running = []
+
+    def start(out, seconds, processes=1):
+        program = SHARING.format(out=str(out), seconds=seconds, processes=processes)
+        running.append(
+            subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=child_environment())
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
 
 
-def test_processes_of_one_command_divide_the_cells(tmp_path):
-    processes = [share(tmp_path, 0.5) for _ in range(2)]
+def test_processes_of_one_command_divide_the_cells(tmp_path, share):
+    processes = [share(tmp_path, 0.5, processes=2) for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     cells = json.loads((tmp_path / "share-smoke.json").read_text())["cells"]
     assert sorted(cell["key"]["number"] for cell in cells) == list(range(8))
     assert {cell["metrics"]["process"] for cell in cells} == {run.pid for run in processes}
     for number in range(8):
         assert len((tmp_path / f"run-{number}").read_text().split()) == 1
+    # The one that hangs on the others came last, and saw them all.
+    assert (cells[-1]["key"]["number"], cells[-1]["metrics"]["seen"]) == (7, 7)
 
 
-def test_a_killed_process_lets_go_of_its_cell(tmp_path):
+def test_a_killed_process_lets_go_of_its_cell(tmp_path, share):
     first = share(tmp_path, 600)
     while not (tmp_path / "run-0").exists():
         assert first.poll() is None
         time.sleep(0.01)
     second = share(tmp_path, 0)
-    while len(list(tmp_path.glob("run-*"))) < 8:
+    while len(list(tmp_path.glob("run-*"))) < 7:
         assert second.poll() is None
         time.sleep(0.01)
     with pytest.raises(subprocess.TimeoutExpired):
-        second.wait(timeout=1)  # The first cell is another's.
+        second.wait(timeout=1)  # The first cell is another's, and the last one hangs on it.
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert second.wait(timeout=60) == 0
     assert len((tmp_path / "run-0").read_text().split()) == 2
+
+
+KEPT = """
+import pathlib, sys, time
+import numpy as np
+from experiments import common
+out = pathlib.Path(sys.argv[1])
+
+def make():
+    with open(out / "made", "a") as file:
+        file.write("x")
+    time.sleep(2)
+    return {"params": {"w": np.ones(2)}}, {"train_seconds": 1.0}
+
+(out / f"started-{sys.argv[2]}").touch()
+while len(list(out.glob("started-*"))) < 2:
+    time.sleep(0.01)
+print(common.kept(out, "weights", make)[1])
+"""
+
+
+def test_what_two_processes_need_is_trained_once(tmp_path):
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", KEPT, str(tmp_path), str(number)], cwd=ROOT,
+            env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [run.communicate(timeout=120) for run in runs]
+    assert [out for out, _ in outputs] == ["{'train_seconds': 1.0}\n"] * 2
+    assert sum("waiting for the process that trains in" in error for _, error in outputs) == 1
+    assert (tmp_path / "made").read_text() == "x"
+    (tmp_path / "weights.json").unlink()  # as an older version left them
+    assert common.kept(tmp_path, "weights", None)[1] == {}
 
 
 @pytest.mark.slow

@@ -235,10 +235,10 @@ import resource, sys
 from jaxrobust import parallel
 kept = parallel.keep_freed_memory() if sys.argv[1] == "kept" else None
 import jax, jax.numpy as jnp
-# A temporary of 64 MB that cannot be fused away; the heap needs some calls until it fits it.
-step = jax.jit(lambda x, w: jnp.sin(x @ w).sum())
-x, w, found = jnp.ones((16384, 16)), jnp.ones((16, 1024)), []
-for _ in range(50):
+# A temporary of 36 MB that cannot be fused away; the heap needs some calls until it fits it.
+step = jax.jit(lambda x, w: jnp.abs(x @ w).sum())
+x, w, found = jnp.ones((8800, 16)), jnp.ones((16, 1024)), []
+for _ in range(24):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x, w).block_until_ready()
     found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -259,6 +259,32 @@ def test_kept_memory_is_not_faulted_in_again():
         found[how] = run.stdout.split()
     assert found["kept"][0] == "True"
     assert int(found["kept"][1]) < 0.1 * int(found["default"][1])
+
+
+TRIMMED = """
+import ctypes
+from jaxrobust import parallel
+assert parallel.keep_freed_memory()
+libc = ctypes.CDLL(None)
+for function in (libc.malloc, libc.sbrk):
+    function.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+block = libc.malloc(3 << 30)
+end = libc.sbrk(0)
+libc.free(block)
+print(block is not None and libc.sbrk(0) == end)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc's allocator can be told to keep memory"
+)
+def test_no_amount_of_freed_memory_is_given_back():
+    run = subprocess.run(
+        [sys.executable, "-c", TRIMMED],
+        env=child_environment(GLIBC_TUNABLES=""), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.split() == ["True"]
 
 
 # ---- two processes ------------------------------------------------------------------------------

@@ -272,10 +272,12 @@ def test_bad_arguments_are_refused(message, call):
 
 def test_images_in_bytes_are_refused():
     bytes_ = HELD._replace(images=np.round(255 * HELD.images).astype(np.uint8))
-    with pytest.raises(TypeError, match=r"floating point in .* got uint8"):
+    with pytest.raises(TypeError, match=r"targets must have floating point .* got uint8"):
         poisons.targeted(PAIRS, bytes_.take([0]), ["dog"], total=1)
-    with pytest.raises(TypeError, match=r"floating point in .* got uint8"):
+    with pytest.raises(TypeError, match=r"pool must have floating point .* got uint8"):
         poisons.backdoor(PAIRS, TRIGGER, "cat", rate=1, pool=bytes_)
+    with pytest.raises(TypeError, match=r"pairs must have floating point .* got uint8"):
+        poisons.backdoor(bytes_, TRIGGER, "cat", rate=1)
 
 
 # ---- copies that are not exact ------------------------------------------------------------------

@@ -224,26 +224,41 @@ def test_usefulness_is_judged_by_the_network_that_met_no_poison(tmp_path):
     assert line.strip("| ").split(" | ")[-4:] == ["250 / 100", "83 / 80", "no", "1"]
 
 
+def two_attacks(backdoor=90):
+    cells = {}
+    for seed in (0, 1):
+        cells |= {
+            (NOTHING, "clip_augmented", seed): metrics(top1=0.5, recall=0.5),
+            ("targeted", "clip_augmented", seed): metrics(16, top1=0.5, recall=0.4),
+            ("targeted", "safeclip_fixed", seed): metrics(4, top1=0.6, recall=0.2 + 0.2 * seed),
+            ("badnets", "clip_augmented", seed): metrics(backdoor=backdoor, top1=0.5, recall=0.4),
+            ("badnets", "safeclip_fixed", seed): metrics(backdoor=5, top1=0.4, recall=0.3),
+            ("badnets", "roclip", seed): metrics(backdoor=5),
+        }
+    return cells
+
+
 def test_attacks_are_taken_together_over_all_trainings(tmp_path):
-    path = write(
-        tmp_path / "safeclip-test.json",
-        {
-            (NOTHING, "clip_augmented", 0): metrics(top1=0.5, recall=0.5),
-            ("targeted", "clip_augmented", 0): metrics(16, top1=0.5, recall=0.4),
-            ("targeted", "safeclip_fixed", 0): metrics(4, top1=0.6, recall=0.3),
-            ("badnets", "clip_augmented", 0): metrics(backdoor=90, top1=0.5, recall=0.4),
-            ("badnets", "safeclip_fixed", 0): metrics(backdoor=5, top1=0.4, recall=0.3),
-            ("badnets", "clip", 0): metrics(backdoor=5),
-        },
-    )
+    path = write(tmp_path / "safeclip-test.json", two_attacks())
     _, together = plots_safeclip.verdict(path).split("\n\n")
+    shown = [line.strip("| ").split(" | ") for line in together.splitlines()[2:]]
+    # Seed 0 under the first attack has the least, seed 1 the most.
     undefended, unpoisoned = (
-        ("100 (80 to 120)", "75 (75 to 75)"),
-        ("100 (80 to 120)", "60 (60 to 60)"),
+        ("100 (80 to 120)", "75 (50 to 100)"),
+        ("100 (80 to 120)", "60 (40 to 80)"),
     )
-    assert [line.strip("| ").split(" | ") for line in together.splitlines()[2:]] == [
-        ["safeclip_fixed", "targeted, badnets", "15.0", *undefended, *unpoisoned]
-    ]
+    assert shown == [["safeclip_fixed", "targeted, badnets", "15.0", *undefended, *unpoisoned]]
+
+
+def test_an_attack_that_fails_undefended_is_not_taken_together_with_others(tmp_path):
+    path = write(tmp_path / "safeclip-test.json", two_attacks(backdoor=50))
+    assert "\n\n" not in plots_safeclip.verdict(path)
+
+
+def test_one_seed_bounds_nothing():
+    trainings = [{0: ((0.5, 0.5), (0.5, 0.4))}, {0: ((0.4, 0.5), (0.5, 0.4))}]
+    assert plots_safeclip.usefulness(*trainings) == pytest.approx([0.9, 1.25])
+    assert np.isnan(plots_safeclip.usefulness_interval(trainings)).all()
 
 
 def test_usefulness_is_compared_on_the_seeds_that_both_rows_have(tmp_path):

@@ -52,6 +52,7 @@ def canaries(
         The pairs with the canaries, and the manifest of the canaries alone (`join` has both).
 
     Raises:
+        TypeError: as `targeted` and `backdoor`.
         ValueError: too few classes or images are left, or the trigger or a template is one of
             those to be avoided; and as `targeted` and `backdoor`.
     """

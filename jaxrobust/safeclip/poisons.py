@@ -234,8 +234,11 @@ def _count(name, rate, pairs):
 
 
 def _check_fit(pairs, others, name):
-    for some in (pairs, others):
-        stored_images.checked(some.images)
+    for argument, some in (("pairs", pairs), (name, others)):
+        if not np.issubdtype(some.images.dtype, np.floating):
+            raise TypeError(
+                f"{argument} must have floating point images in [0, 1], got {some.images.dtype}"
+            )
     if others.images.shape[1:] != pairs.images.shape[1:]:
         raise ValueError(
             f"{name} must have images {pairs.images.shape[1:]} as the pairs have, got "
