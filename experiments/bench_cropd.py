@@ -10,9 +10,11 @@ adversarial fine-tuning is counted by the epoch, since its validation ends it.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -121,6 +123,11 @@ def table(cells: list[Mapping[str, Any]]) -> str:
         f"FLOPs of all, in epochs of {RIVAL}", "seconds of all, likewise",
     ]  # fmt: skip
     return common.markdown(header, rows)
+
+
+def readme_table(path: Path) -> str:
+    """The table of a results file."""
+    return table(json.loads(path.read_text())["cells"])
 
 
 def of_epoch(found: Mapping[str, Any], name: str) -> float:

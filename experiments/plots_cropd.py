@@ -149,10 +149,18 @@ def share(cells: dict, rivals: dict | None, name: str) -> str:
     return f"{100 * ours / theirs:.0f} %"
 
 
+def run_sets(config: dict, rows: dict) -> list[str]:
+    """The data sets of which some row was run."""
+    return [name for name in config["problems"] if any(name == where for where, _ in rows)]
+
+
 def bound(path: Path) -> None:
     """Both sides of the bound, mean over images and seeds, per auto-encoder and data set."""
     record = read(path)
-    rows, names = rows_of(record, "dataset", "method"), list(record["config"]["problems"])
+    rows = rows_of(record, "dataset", "method")
+    names = run_sets(record["config"], rows)
+    if not names:
+        return
     figure, axes = panels(len(names))
     for axis, dataset in zip(axes, names, strict=True):
         found = {
@@ -175,10 +183,12 @@ def frontier(path: Path) -> None:
     """Robust against clean accuracy of every row, one panel per data set, beside the JSON."""
     record = read(path)
     config, rows = record["config"], rows_of(record, "dataset", "method")
-    steps, names = config["pgd_steps"], list(config["problems"])
+    steps, names = config["pgd_steps"], run_sets(config, rows)
+    if not names:
+        return
     figure, axes = panels(len(names))
     for axis, dataset in zip(axes, names, strict=True):
-        for method in config["methods"]:
+        for number, method in enumerate(config["methods"]):
             cells = rows.get((dataset, method), [])
             if not cells:
                 continue
@@ -189,7 +199,12 @@ def frontier(path: Path) -> None:
                 for c in cells
             ]
             marker = "s" if method in COSTLY else "o"
-            style = {"marker": marker, "linestyle": "none", "capsize": 2}
+            style = {
+                "marker": marker,
+                "linestyle": "none",
+                "capsize": 2,
+                "color": f"C{number % 10}",
+            }
             style["fillstyle"] = "full" if judged else "none"
             axis.errorbar(np.mean(clean), np.mean(robust), np.std(robust), np.std(clean), **style)
             axis.annotate(method, (np.mean(clean), np.mean(robust)), fontsize=6)

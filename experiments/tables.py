@@ -14,6 +14,7 @@ from pathlib import Path
 from experiments import (
     autoattack_benchmark,
     bench_autoattack,
+    bench_cropd,
     bench_minimal,
     bench_pod,
     common,
@@ -33,6 +34,7 @@ MAKERS = {
     "bench_training": plots.training_speed_table,
     "bench_pod": bench_pod.readme_table,
     "bench_autoattack": bench_autoattack.table,
+    "bench_cropd": bench_cropd.readme_table,
     "bench_minimal": bench_minimal.table,
     "autoattack_benchmark": autoattack_benchmark.table,
     "certify": plots_certify.certified_table,

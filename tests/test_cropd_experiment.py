@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxrobust as jr
-from experiments import common, cropd_evaluation, plots_cropd
+from experiments import bench_cropd, common, cropd_evaluation, plots_cropd
 from experiments import cropd as experiment
 from experiments.cropd_settings import METHODS, PRESETS, Built, Config, Method, Problem, World
 from jaxrobust import cropd, models
@@ -281,6 +281,27 @@ def test_the_table_says_what_was_not_run(results):
     assert missing == "Not run there: aff."
     assert "37.5 ± 0.0" in rows.splitlines()[-1]
     assert verdict == plots_cropd.verdict(results)
+
+
+def test_a_training_is_measured_in_epochs_of_fine_tuning():
+    def timed(method, flops, seconds, epochs, per_epoch):
+        figures = {"step_flops": flops, "seconds_median": seconds, "epochs": epochs}
+        key = {"dataset": "emoji", "method": method}
+        return {"key": key, "metrics": figures | {"steps_per_epoch": per_epoch}}
+
+    cells = [timed("ours", 2e9, 0.1, 20, 80), timed("aff", 4e10, 1.0, None, 72)]
+    ours, aff = bench_cropd.table(cells).splitlines()[2:]
+    assert ours.endswith("| 20 | 1.11 | 2.22 |")
+    assert aff == "| emoji | aff | 1000.0 | 40.00 | 40 |  |  |  |"
+    # Without fine-tuning beside it there is no unit.
+    assert bench_cropd.table(cells[:1]).endswith("| 20 |  |  |")
+
+
+def test_a_rival_trains_on_what_does_not_choose_its_epoch():
+    kept, held_out = experiment.without_a_tenth(WORLD)
+    assert (len(kept.train.labels), len(held_out.labels)) == (COUNT - 1, 1)
+    together = np.concatenate([kept.train.indices, held_out.indices])
+    np.testing.assert_array_equal(together, TEST.indices)
 
 
 @pytest.mark.parametrize("name", PRESETS)
