@@ -297,16 +297,16 @@ def leaks(path: Path) -> None:
     if not found:
         return
     figure, axes = panels(len(found))
+    colours = {}  # of a method, whatever the attack and the seed
     for axis, (attack, cells) in zip(axes, found.items(), strict=True):
+        labelled = set()
         for cell, curve in cells:
-            epochs = [entry["epoch"] for entry in curve]
-            label = (
-                cell["key"]["method"] if cell["key"]["seed"] == cells[0][0]["key"]["seed"] else None
-            )
-            shown = axis.plot(
-                epochs, [100 * e["leak"]["estimate"] for e in curve], ".-", lw=1, label=label
-            )
-            colour = shown[0].get_color()
+            epochs, method = [entry["epoch"] for entry in curve], cell["key"]["method"]
+            label = None if method in labelled else method
+            labelled.add(method)
+            colour = colours.setdefault(method, f"C{len(colours) % 10}")
+            leak = [100 * e["leak"]["estimate"] for e in curve]
+            axis.plot(epochs, leak, ".-", lw=1, color=colour, label=label)
             axis.plot(epochs, [100 * e["safe_share"] for e in curve], ":", lw=0.7, color=colour)
         axis.set(title=attack, xlabel="epoch", ylabel="% of the poisons (dotted: of all pairs)")
         axis.legend(fontsize=5)
