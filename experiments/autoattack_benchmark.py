@@ -175,7 +175,9 @@ def main(config: Config, options) -> None:
     results = common.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         sets = base.load(config.training)
-        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+        for key in results.missing(
+            keys(config), functools.partial(common.run_folder, options, config)
+        ):
             begun = time.monotonic()
             metrics = cell(key, config, sets, options)
             results.add(key, metrics, time.monotonic() - begun)
