@@ -64,8 +64,8 @@ def keep_freed_memory() -> bool:
     """Lets the C library keep what is freed; call it before anything touches a device.
 
     XLA's programs for CPUs allocate their temporaries anew in every call, and glibc gives large
-    blocks back at once, so that each call's pages are faulted in again: two fifths of the time of an
-    EfficientNet's gradient of the images, three of that of its weights (BUILD_NOTES.md). The
+    blocks back at once, so that each call's pages are faulted in again: two fifths of the time of
+    an EfficientNet's gradient of the images, three of that of its weights (BUILD_NOTES.md). The
     process then holds the most memory that it ever needed until it ends.
 
     Returns:
