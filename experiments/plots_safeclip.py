@@ -11,7 +11,18 @@ from experiments import common
 from experiments.common import markdown, percent
 from experiments.plots import read, rows_of, seeds_of, spread
 from experiments.plots_sipat import panels
-from experiments.safeclip_settings import CANARIES, NOTHING, UNDEFENDED, Config
+from experiments.safeclip_choice import (
+    KINDS,
+    bars,
+    chosen,
+    excess,
+    on_canaries,
+    recall,
+    share_of,
+    stale,
+)
+from experiments.safeclip_choice import usefulness as usefulness_of
+from experiments.safeclip_settings import CANARIES, CHOSEN, NOTHING, UNDEFENDED, Config
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.metrics import wilson_interval
 from jaxrobust.safeclip import triggers
@@ -26,6 +37,7 @@ QUOTED = (
     "success %", "Wilson, all seeds", "unpoisoned %", "zero-shot top-1 / 5 %", "retrieval R@5 %",
     "poisons kept %", "seeds",
 )  # fmt: skip
+PUBLISHED = "safeclip_fixed"
 CREDIT = "Emoji: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
 
 
@@ -61,7 +73,7 @@ def table(path: Path) -> str:
 
 
 def readme_table(path: Path) -> str:
-    """What was run of the attacks, in fewer columns, and the verdict; the other rows are named."""
+    """What was run, in fewer columns, the verdict and the choice; the other rows are named."""
     record = read(path)
     config, rows = record["config"], rows_of(record, "attack", "method")
     lines, missing = [], defaultdict(list)
@@ -76,18 +88,55 @@ def readme_table(path: Path) -> str:
             elif attack != NOTHING:  # where few were meant to be run
                 absent.append(method)
         missing[tuple(absent)].append(attack)
-    parts = [markdown(["attack", "training", *QUOTED], lines), verdict(path)]
+    parts = [markdown(["attack", "training", *QUOTED], lines), verdict(path), choice(path)]
     parts += [
         f"Not run against {', '.join(attacks)}: {', '.join(absent)}."
         for absent, attacks in missing.items()
         if absent
     ]
+    return "\n\n".join(filter(None, parts))
+
+
+def choice(path: Path) -> str:
+    """How each candidate fared against the canaries, the chosen one in bold; "" without any.
+
+    These are single changes of the published setting, so its ablations too.
+    """
+    record = read(path)
+    candidates, limit = record["config"].get("candidates", ()), record["config"].get("limit")
+    met = on_canaries(record["cells"], candidates)
+    if not met:
+        return ""
+    allowed, best = bars(met, limit), chosen(record["cells"], candidates, limit)
+    lines = []
+    for name in candidates:
+        if name not in met:
+            lines.append([name, *["not run"] * 5])
+            continue
+        found = met[name]
+        rates = (percent(share_of(found, kind)["estimate"]) for kind in KINDS)
+        lines.append(
+            [
+                f"**{name}**" if name == best else name, " / ".join(rates),
+                "yes" if excess(found, allowed) <= 0 else "no",
+                percent(found["zero_shot"]["top1"]), percent(recall(found)),
+                percent(usefulness_of(found)),
+            ]
+        )  # fmt: skip
+    most = " / ".join(percent(allowed[kind]) for kind in KINDS)
+    header = [
+        "candidate, on canaries, one seed", "success, targets / triggered %",
+        f"at most {most}", "zero-shot top-1 %", "retrieval R@5 %", "mean of both",
+    ]  # fmt: skip
+    parts = [markdown(header, lines)]
+    if other := stale(record["cells"], candidates, limit):
+        parts.append(f"**Rows of {CHOSEN} were trained as {', '.join(other)}, not as {best}.**")
     return "\n\n".join(parts)
 
 
 def columns(cells: list[dict]) -> list[str]:
     """A row's figures, mean and spread over seeds."""
-    kinds = [kind for kind in ("targeted", "backdoor") if kind in cells[0]]
+    kinds = [kind for kind in KINDS if kind in cells[0]]
     shares = {kind: [share_of(cell, kind) for cell in cells] for kind in kinds}
     pooled = [interval(found) for found in shares.values()]
     # A split comes after what was taken out before training, and has the last word.
@@ -119,23 +168,12 @@ def optional(cells: list[dict], name: str, of: Callable[[Any], float]) -> str:
     return spread([of(cell[name]) for cell in cells]) if name in cells[0] else ""
 
 
-def share_of(cell: dict, kind: str) -> dict:
-    """How often a poison succeeded: counts and share."""
-    return cell[kind]["success"] if kind == "backdoor" else cell[kind]
-
-
 def interval(shares: list[dict]) -> tuple[float, float]:
     """Wilson's interval of the counts of all seeds together."""
     _, low, high = wilson_interval(
         sum(share["successes"] for share in shares), sum(share["n"] for share in shares)
     )
     return low, high
-
-
-def recall(cell: dict) -> float:
-    """Recall at 5, mean of both ways."""
-    ways = ("image_to_text", "text_to_image")
-    return float(np.mean([cell["retrieval"][f"{way}_r5"] for way in ways]))
 
 
 def verdict(path: Path) -> str:
@@ -252,10 +290,13 @@ def usefulness_interval(found: Sequence[Trainings], draws: int = 10_000) -> np.n
 
 
 def histograms(path: Path) -> None:
-    """Scores at the first split with the fitted mixture, one panel per attack."""
+    """Scores at the first split with the fitted mixture, one panel per attack.
+
+    Of the published method, which splits by that mixture; of another one where it was not run.
+    """
     record = read(path)
     found = {}
-    for cell in record["cells"]:
+    for cell in sorted(record["cells"], key=lambda cell: cell["key"]["method"] != PUBLISHED):
         entry = next((e for e in cell["metrics"].get("history", []) if "histogram" in e), None)
         if entry and cell["key"]["attack"] not in found:
             found[cell["key"]["attack"]] = (cell["key"]["method"], entry["histogram"])
@@ -269,10 +310,10 @@ def histograms(path: Path) -> None:
             axis.bar(places, histogram[name], width, color=colour, alpha=0.6, label=name)
         total = sum(histogram["clean"]) + sum(histogram["poisons"])
         axis.plot(places, total * width * density_of(histogram["mixture"], places), "k-", lw=1)
-        axis.set(title=f"{attack}, {method}", xlabel="score of a pair", yscale="log")
+        axis.set(title=f"{attack}, {method}", xlabel="score of a pair at the split", yscale="log")
         axis.set_ylim(bottom=0.5)
         used = places[np.array(histogram["clean"]) + np.array(histogram["poisons"]) > 0]
-        axis.set_xlim(used.min() - 0.05, used.max() + 0.05)
+        axis.set_xlim(used.min() - width, used.max() + width)
     axes[0].legend(fontsize=6)
     _write(figure, path, "histogram")
 

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from experiments import common, plots_safeclip, safeclip_evaluation
+from experiments.safeclip_choice import chosen
 from experiments.safeclip_evaluation import Judge, World
 from experiments.safeclip_settings import (
     CANARIES,
@@ -208,7 +209,8 @@ def thinned(method: Method, pairs, manifest, seed: int) -> tuple[Pairs, dict]:
     keep = np.isin(np.arange(len(groups)), safeclip.thin(groups, method.copies, seed=seed))
     keep = parallel.from_first_process(keep)
     is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
-    found = {"thinned_pairs": int(keep.sum())}
+    # One group that has swallowed half of the data would say that chains were followed too far.
+    found = {"thinned_pairs": int(keep.sum()), "largest_group": int(np.bincount(groups).max())}
     found |= safeclip_evaluation.caught(keep, None, is_poison)
     return pairs.take(np.flatnonzero(keep)), found
 
@@ -228,48 +230,6 @@ def tokens_of(pairs: Pairs, world: World, seed: int) -> np.ndarray:
     found = data.text_views(pairs.captions, 2, seed=seed, indices=pairs.indices)
     columns = (pairs.captions, *zip(*found.variants, strict=True))
     return np.stack([world.tokenizer(column) for column in columns], 1)
-
-
-# ---- the choice of a setting --------------------------------------------------------------------
-
-
-def chosen(results: common.Results, config: Config) -> str:
-    """The candidate that canaries speak for: the most useful of those that stop them.
-
-    Those count whose success on canaries, targeted and triggered, is within the limit or within
-    what an unpoisoned network errs by; without one, the candidate that lets by the least. Useful is
-    the mean of zero-shot accuracy and retrieval on the validation pictures. No label of an attack
-    is looked at.
-    """
-    cells = {
-        cell["key"]["method"]: cell["metrics"]
-        for cell in results.cells
-        if cell["key"]["attack"] == CANARIES and cell["key"]["method"] in config.candidates
-    }
-    worst = {
-        name: max(excess(metrics, kind, config.limit) for kind in ("targeted", "backdoor"))
-        for name, metrics in cells.items()
-    }
-    stopping = [name for name in cells if worst[name] <= 0]
-    if stopping:
-        return max(stopping, key=lambda name: usefulness(cells[name]))
-    return min(cells, key=worst.get)
-
-
-def excess(metrics: dict[str, Any], kind: str, limit: float) -> float:
-    """By how much a poison succeeds more often than the limit, and than without any poison."""
-    shares = [
-        plots_safeclip.share_of(found, kind)["estimate"]
-        for found in (metrics, metrics.get("base"))
-        if found
-    ]
-    return shares[0] - max([limit, *shares[1:]])
-
-
-def usefulness(metrics: dict[str, Any]) -> float:
-    """Mean of zero-shot accuracy and of retrieval both ways."""
-    recalls = [metrics["retrieval"][f"{way}_r5"] for way in ("image_to_text", "text_to_image")]
-    return (metrics["zero_shot"]["top1"] + np.mean(recalls)) / 2
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -302,10 +262,17 @@ def run(key: dict, config: Config, world: World, results, options) -> dict[str, 
     """The metrics of one cell."""
     is_choice, own = key["method"] == CHOSEN, {}
     if is_choice:
-        own = {"setting": chosen(results, config)}
+        own = {"setting": chosen(results.cells, config.candidates, config.limit)}
     key = {**key, "method": own.get("setting", key["method"])}
     variables, taken = trained(key, config, world, options)
-    manifest = safeclip.manifest.load(common.run_folder(options, config, key) / "manifest.json")
+    folder = common.run_folder(options, config, key)
+    manifest = safeclip.manifest.load(folder / "manifest.json")
+    planted = plant(key, config, world)[1]
+    if manifest != planted:
+        raise SystemExit(
+            f"{folder}: the network there was trained on other pairs: its manifest has SHA-256 "
+            f"{manifest.sha256}, the pairs that there are now give {planted.sha256}; move it away"
+        )
     judge = world.validation if key["attack"] == CANARIES else world.test
     clean = None
     if NOTHING in config.attacks and UNDEFENDED in config.methods:

@@ -63,6 +63,8 @@ METHODS = {
     "roclip": Method(trainer="roclip"),
     "safeclip_official": Method(official=True),
     "safeclip_fixed": Method(),
+    # As far in the slow epoch, rate times steps, as the authors went on CC1M, COCO and VG.
+    "safeclip_scaled": Method(settings={"slow_rate": 6e-4}),
     CHOSEN: Method(),
     "cleanclip": Method(trainer="cleanclip", after="clip_augmented"),
     "density_filter": Method(trainer="clip_augmented", after="clip_augmented", detector="dao"),
@@ -80,37 +82,57 @@ def agreeing(
     return Method(settings=settings, splitter="by_rank", copies=copies)
 
 
-# Settings of SAFECLIP that canaries choose from: single changes, and those that helped together.
-# Five captions of a picture are honest in the embedded set.
-_FASTER = {"slow_rate": 3e-4, "growth": 0.05}
-CANDIDATES = {
-    "safeclip_fixed": Method(),
-    "slow_rate_30": Method(settings={"slow_rate": 3e-4}),
-    "slow_epochs_3": Method(settings={"slow_epochs": 3}),
-    "threshold_50": Method(settings={"threshold": 0.5}),
-    "growth_0": Method(settings={"growth": 0.0}),
-    "growth_5": Method(settings={"growth": 0.05}),
-    "faster": Method(settings=_FASTER),
-    "faster_thinned": Method(settings=_FASTER, copies=5),
-    "agreement_50": agreeing(0.5),
-    "agreement_50_growth_5": agreeing(0.5, growth=0.05),
-    "agreement_50_early": agreeing(0.5, growth=0.07, unimodal_epochs=3, cap=0.9),
-    "agreement_50_thinned": agreeing(0.5, copies=5, growth=0.03),
-    "agreement_50_early_thinned": agreeing(0.5, copies=5, growth=0.07, unimodal_epochs=3, cap=0.9),
-    # Without the copies an epoch is shorter: 23 take about as many steps as 20 on all pairs.
-    "agreement_50_full_thinned": agreeing(
-        0.5, copies=5, growth=0.07, unimodal_epochs=3, cap=0.9, epochs=23
-    ),
-    "agreement_50_wide_thinned": agreeing(0.5, copies=5, growth=0.07, unimodal_epochs=3, cap=0.97),
-    "agreement_50_soon_thinned": agreeing(0.5, copies=5, growth=0.1, unimodal_epochs=2, cap=0.95),
+def candidates(
+    *, slow_rate: float, fast_rate: float, epochs: int, copies: int
+) -> dict[str, Method]:
+    """Settings of SAFECLIP that canaries choose from: single changes, and those that helped.
+
+    Args:
+        slow_rate: of the slow epochs, as published.
+        fast_rate: of slow epochs that are not so slow.
+        epochs: of the preset's recipe.
+        copies: near copies of an image that are kept, about as many as are honest.
+    """
+    faster = {"slow_rate": fast_rate, "growth": 0.05}
+    early = {"growth": 0.07, "unimodal_epochs": 3, "cap": 0.9}
+    soon = {"growth": 0.1, "unimodal_epochs": 2}
     # The pairs that are not trusted are left out, and epochs added until it costs as much again.
-    "agreement_50_long_thinned": agreeing(
-        0.5, copies=5, growth=0.05, unimodal_epochs=3, cap=0.9, train_risky=False, epochs=24
-    ),
-    "agreement_70_early_thinned": agreeing(0.7, copies=5, growth=0.03, unimodal_epochs=3, cap=0.95),
-    "agreement_70_capped_thinned": agreeing(0.7, copies=5, growth=0.05, unimodal_epochs=3, cap=0.9),
-    "agreement_60_soon_thinned": agreeing(0.6, copies=5, growth=0.1, unimodal_epochs=2, cap=0.9),
-}
+    long = {"growth": 0.05, "unimodal_epochs": 3, "cap": 0.9, "train_risky": False}
+    return {
+        "safeclip_fixed": Method(),
+        f"slow_rate_{fast_rate / slow_rate:.0f}": Method(settings={"slow_rate": fast_rate}),
+        "slow_epochs_3": Method(settings={"slow_epochs": 3}),
+        "threshold_50": Method(settings={"threshold": 0.5}),
+        "growth_0": Method(settings={"growth": 0.0}),
+        "growth_5": Method(settings={"growth": 0.05}),
+        "faster": Method(settings=faster),
+        "faster_thinned": Method(settings=faster, copies=copies),
+        "agreement_50": agreeing(0.5),
+        "agreement_50_growth_5": agreeing(0.5, growth=0.05),
+        "agreement_50_early": agreeing(0.5, **early),
+        "agreement_50_thinned": agreeing(0.5, copies=copies, growth=0.03),
+        "agreement_50_early_thinned": agreeing(0.5, copies=copies, **early),
+        # Without the copies an epoch is shorter: these take about as many steps as all pairs do.
+        "agreement_50_full_thinned": agreeing(
+            0.5, copies=copies, epochs=round(1.15 * epochs), **early
+        ),
+        "agreement_50_wide_thinned": agreeing(0.5, copies=copies, **{**early, "cap": 0.97}),
+        "agreement_50_soon_thinned": agreeing(0.5, copies=copies, cap=0.95, **soon),
+        "agreement_50_long_thinned": agreeing(
+            0.5, copies=copies, epochs=round(1.2 * epochs), **long
+        ),
+        "agreement_70_early_thinned": agreeing(
+            0.7, copies=copies, growth=0.03, unimodal_epochs=3, cap=0.95
+        ),
+        "agreement_70_capped_thinned": agreeing(
+            0.7, copies=copies, growth=0.05, unimodal_epochs=3, cap=0.9
+        ),
+        "agreement_60_soon_thinned": agreeing(0.6, copies=copies, cap=0.9, **soon),
+    }
+
+
+# Five captions of a picture are honest in the embedded set.
+CANDIDATES = candidates(slow_rate=1e-5, fast_rate=3e-4, epochs=20, copies=5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,18 +236,20 @@ PRESETS = {
         tower=RESNET, prompts=PROMPTS, strength=1.0,
         attacks={
             NOTHING: Attack(),
-            "targeted": Attack(targets=16, per_target=30),
-            **{
-                name: Attack(trigger=name, rate=500)
-                for name in ("badnets", "blended", "wanet", "sig")
-            },
-            "label_consistent": Attack(trigger="badnets", rate=500, style="consistent"),
+            # As many as the authors plant among a million.
+            "targeted": Attack(targets=16, per_target=500),
+            "badnets": Attack(trigger="badnets", rate=500),
+            **{name: Attack(trigger=name, rate=1500) for name in ("blended", "wanet", "sig")},
+            "label_consistent": Attack(trigger="badnets", rate=1500, style="consistent"),
             # Every other kind of trigger is among the attacks.
             CANARIES: Attack(
-                targets=16, per_target=30, rate=500, trigger="badnets",
+                targets=16, per_target=500, rate=500, trigger="badnets",
                 options={"size": 0.1, "pattern": "checker", "place": (0.9, 0.1)},
             ),
         },
+        # At ten times the slow rate the authors' own splits still held, at twenty not; of a
+        # picture on the web two copies may be honest.
+        candidates=candidates(slow_rate=5e-6, fast_rate=5e-5, epochs=32, copies=2),
         recipe={
             "epochs": 32, "batch_size": 512, "peak": 5e-4, "slow_rate": 5e-6, "warmup": 10_000,
             "pool": 21_845,

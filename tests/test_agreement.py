@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from jaxrobust import parallel
 from jaxrobust.safeclip import agreement
 
 RANDOM = np.random.default_rng(11)
@@ -48,6 +49,15 @@ def test_scores_equal_a_slow_count(monkeypatch, k, alike, at_once):
     images, captions = RANDOM.normal(size=(2, 60, 6))
     found = agreement(images, captions, neighbours=k, alike=alike)
     np.testing.assert_allclose(found, slow(images, captions, k, alike), atol=2e-4)
+
+
+@pytest.mark.parametrize("count", [60, 61])
+@pytest.mark.parametrize("at_once", [2**28, 60 * 4])
+def test_eight_devices_give_the_scores_of_one(monkeypatch, count, at_once):
+    monkeypatch.setattr(sys.modules[agreement.__module__], "_AT_ONCE", at_once)
+    images, captions = RANDOM.normal(size=(2, count, 6))
+    found = agreement(images, captions, mesh=parallel.data_mesh(8))
+    np.testing.assert_allclose(found, agreement(images, captions), atol=1e-5)
 
 
 def test_wrong_captions_agree_least():

@@ -313,9 +313,13 @@ for epochs in (1, 2):
 weights = np.asarray(fitted.state.params["w"]).tolist()
 (out / f"fit-{rank}.json").write_text(json.dumps([fitted.history, weights]))
 sys.modules["jaxrobust.safeclip.fit"]._ASK_EVERY = 3
-options = {"mesh": mesh, "directory": out / "safeclip", "save_every": [0.0, 1e9][rank]}
-found = test_safeclip_fit.fit(test_safeclip_fit.recipe(epochs=4), **options)
-(out / f"safeclip-{rank}.json").write_text(json.dumps([found.history, found.trust.safe.tolist()]))
+for name, changes in (("similarity", {}), ("agreement", test_safeclip_fit.AGREEING)):
+    options = {"mesh": mesh, "directory": out / name, "save_every": [0.0, 1e9][rank]}
+    recipe = test_safeclip_fit.recipe(epochs=4, **changes)
+    test_safeclip_fit.fit_until(4, recipe, **options)
+    found = test_safeclip_fit.fit(recipe, **options)
+    safe = found.trust.safe.tolist()
+    (out / f"{name}-{rank}.json").write_text(json.dumps([found.history, safe]))
 """
 
 
@@ -346,7 +350,10 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
     expected = jax.tree.leaves(test_training.on_one_device("batch_norm"))
     whole = test_fit.train(devices=4, epochs=2)
-    alone = test_safeclip_fit.fit(test_safeclip_fit.recipe(epochs=4))
+    alone = {
+        name: test_safeclip_fit.fit(test_safeclip_fit.recipe(epochs=4, **changes))
+        for name, changes in (("similarity", {}), ("agreement", test_safeclip_fit.AGREEING))
+    }
     for rank in range(2):
         for mapping in parallel.MAPPINGS:
             got = json.loads((tmp_path / f"{mapping}-{rank}.json").read_text())
@@ -355,9 +362,10 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         history, weights = json.loads((tmp_path / f"fit-{rank}.json").read_text())
         np.testing.assert_allclose(weights, whole.state.params["w"], atol=1e-5)
         assert [entry["epoch"] for entry in history] == [1, 2]
-        history, safe = json.loads((tmp_path / f"safeclip-{rank}.json").read_text())
-        for entry, other in zip(history, alone.history, strict=True):
-            assert entry.pop("fallback", "") == other.get("fallback", "")
-            numbers = {name: value for name, value in other.items() if name != "fallback"}
-            assert entry == pytest.approx(numbers, rel=1e-5)
-        assert safe == alone.trust.safe.tolist()
+        for kind, one in alone.items():
+            history, safe = json.loads((tmp_path / f"{kind}-{rank}.json").read_text())
+            for entry, other in zip(history, one.history, strict=True):
+                assert entry.pop("fallback", "") == other.get("fallback", "")
+                numbers = {name: value for name, value in other.items() if name != "fallback"}
+                assert entry == pytest.approx(numbers, rel=1e-5)
+            assert safe == one.trust.safe.tolist()

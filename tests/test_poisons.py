@@ -157,6 +157,13 @@ def test_a_dirty_backdoor_takes_the_training_images_without_a_pool():
     assert set(found.captions[40:]) <= {text for text in PAIRS.captions if "cat" in text}
 
 
+def test_poisons_are_not_made_of_earlier_poisons():
+    first, _ = poisons.targeted(PAIRS, HELD.take([0]), ["dog"], per_target=200)
+    found, record = poisons.backdoor(first, TRIGGER, "cat", rate=10)
+    assert max(record.poisons[0].sources) < FIRST
+    assert len(found.captions) == len(PAIRS.captions) + 210
+
+
 def test_a_consistent_backdoor_changes_images_of_the_class_and_nothing_else():
     before = PAIRS.images.copy()
     found, record = poisons.backdoor(PAIRS, TRIGGER, "fox", rate=5, style="consistent")

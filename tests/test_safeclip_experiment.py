@@ -8,7 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import plots_safeclip, safeclip, safeclip_evaluation
+from experiments import (
+    common,
+    plots_safeclip,
+    safeclip,
+    safeclip_choice,
+    safeclip_evaluation,
+)
 from experiments.safeclip_evaluation import Judge, Watch
 from experiments.safeclip_settings import (
     CANARIES,
@@ -51,7 +57,11 @@ def results(**by_method):
         {"key": {"attack": CANARIES, "method": name, "seed": 0}, "metrics": found}
         for name, found in by_method.items()
     ]
-    return SimpleNamespace(cells=cells)
+    return cells
+
+
+def choose(cells):
+    return safeclip_choice.chosen(cells, Config().candidates, Config().limit)
 
 
 def test_the_most_useful_setting_that_stops_the_canaries_is_chosen():
@@ -61,7 +71,7 @@ def test_the_most_useful_setting_that_stops_the_canaries_is_chosen():
         growth_5=metrics(2, 0, top1=0.9),  # lets 12.5 % of the targets by
         slow_rate_30=metrics(0, 11, top1=0.9),
     )
-    assert safeclip.chosen(found, Config()) == "growth_0"
+    assert choose(found) == "growth_0"
 
 
 def test_every_pair_of_attack_and_method_is_a_cell_but_for_those_of_one_seed_or_without_an_attack():
@@ -83,15 +93,15 @@ def test_every_pair_of_attack_and_method_is_a_cell_but_for_those_of_one_seed_or_
 
 def test_without_a_setting_that_stops_them_the_one_that_lets_by_the_least_is_chosen():
     found = results(safeclip_fixed=metrics(8, 0), growth_0=metrics(3, 20), growth_5=metrics(4, 0))
-    assert safeclip.chosen(found, Config()) == "growth_0"
+    assert choose(found) == "growth_0"
 
 
 def test_the_attacks_on_which_it_is_judged_do_not_choose():
     found = results(safeclip_fixed=metrics(0, 0, top1=0.3), growth_0=metrics(0, 0, top1=0.2))
-    found.cells.append(
+    found.append(
         {"key": {"attack": "targeted", "method": "growth_5", "seed": 0}, "metrics": metrics(0, 0)}
     )
-    assert safeclip.chosen(found, Config()) == "safeclip_fixed"
+    assert choose(found) == "safeclip_fixed"
 
 
 def pictures(count, start):
@@ -175,11 +185,12 @@ def test_the_watch_counts_poisons_in_the_safe_set_from_the_split_on():
     assert "histogram" not in watch(4, {}, trust)
 
 
-def write(path, cells):
+def write(path, cells, candidates=("growth_0",)):
     config = {
         "attacks": {name: {} for name in (NOTHING, "targeted", "badnets", CANARIES)},
         "methods": {name: {} for name in ("clip_augmented", "safeclip_fixed", "roclip")},
-        "candidates": {"growth_0": {}},
+        "candidates": {name: {} for name in candidates},
+        "limit": 0.1,
         "ablated": ["targeted"],
     }
     cells = [
@@ -278,10 +289,55 @@ def test_usefulness_is_compared_on_the_seeds_that_both_rows_have(tmp_path):
 
 def test_what_an_unpoisoned_network_errs_by_is_no_success_of_a_canary():
     found = results(safeclip_fixed=metrics(3, 5, top1=0.4), growth_0=metrics(1, 5, top1=0.3))
-    assert safeclip.chosen(found, Config()) == "growth_0"
-    for cell in found.cells:
+    assert choose(found) == "growth_0"
+    for cell in found:
         cell["metrics"]["base"] = metrics(3, 2)
-    assert safeclip.chosen(found, Config()) == "safeclip_fixed"
+    assert choose(found) == "safeclip_fixed"
+
+
+def test_one_bar_holds_for_all_candidates():
+    # Their unpoisoned networks differ by machine; the mean, 2.5 targets, is everybody's bar.
+    found = results(safeclip_fixed=metrics(3, 0, top1=0.9), growth_0=metrics(2, 0, top1=0.3))
+    for cell, errs in zip(found, (4, 1), strict=True):
+        cell["metrics"]["base"] = metrics(errs, 2)
+    assert choose(found) == "growth_0"
+
+
+def test_nobody_is_chosen_before_the_canaries_were_met():
+    assert choose([]) is None
+
+
+def test_the_choice_is_shown_and_rows_of_another_setting_are_told(tmp_path):
+    cells = {
+        (CANARIES, "growth_0", 0): metrics(0, 4, top1=0.3, recall=0.1),
+        (CANARIES, "growth_5", 0): metrics(4, 0, top1=0.9),
+        ("targeted", CHOSEN, 0): {**metrics(0), "setting": "growth_5"},
+    }
+    path = write(tmp_path / "safeclip-test.json", cells, ("growth_0", "growth_5", "faster"))
+    shown, warning = plots_safeclip.choice(path).split("\n\n")
+    rows = [line.strip("| ").split(" | ") for line in shown.splitlines()]
+    assert rows[0][2] == "at most 10.0 / 10.0"
+    assert rows[2:] == [
+        ["**growth_0**", "0.0 / 4.0", "yes", "30.0", "10.0", "20.0"],
+        ["growth_5", "25.0 / 0.0", "no", "90.0", "40.0", "65.0"],
+        ["faster", *["not run"] * 5],
+    ]
+    assert warning == "**Rows of safeclip_recommended were trained as growth_5, not as growth_0.**"
+    cells["targeted", CHOSEN, 0]["setting"] = "growth_0"
+    write(path, cells, ("growth_0", "growth_5"))
+    assert "\n\n" not in plots_safeclip.choice(path)
+
+
+def test_weights_of_other_pairs_are_refused(tmp_path, world, monkeypatch):
+    key = {"attack": "badnets", "method": "clip", "seed": 0}
+    options = SimpleNamespace(runs=tmp_path, experiment="safeclip", preset="test")
+    monkeypatch.setattr(safeclip, "trained", lambda *_: ({}, {}))
+    folder = common.run_folder(options, CONFIG, key)
+    folder.mkdir(parents=True)
+    _, other = safeclip.plant({**key, "seed": 1}, CONFIG, world)
+    other.save(folder / "manifest.json")
+    with pytest.raises(SystemExit, match=f"was trained on other pairs: .*{other.sha256}"):
+        safeclip.run(key, CONFIG, world, None, options)
 
 
 def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
@@ -306,7 +362,7 @@ def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):
     assert "| targeted | growth_0 | not run |" in third
     quoted = plots_safeclip.readme_table(path)
     assert "| targeted | clip_augmented | 87.5 ± 17.7 | 71.9 to 95.0 |" in quoted
-    assert "canaries" not in quoted
+    assert "| **growth_0** | 0.0 / 4.0 | yes |" in quoted
     assert "Not run against targeted: safeclip_fixed, roclip." in quoted
 
 

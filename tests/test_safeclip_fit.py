@@ -1,5 +1,7 @@
 """Whole runs: schedules, growth of the safe set, and a stop at any moment."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +32,9 @@ def fit(recipe, **options):
 
 def same(one, other):
     assert one.history == other.history
-    for name in ("image", "text", "logit_scale"):
-        np.testing.assert_array_equal(one.state.params[name], other.state.params[name])
+    # Optimizer, pools, rate and key too: all that a next step depends on.
+    ours, theirs = (x.state._replace(key=jax.random.key_data(x.state.key)) for x in (one, other))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     np.testing.assert_array_equal(one.trust.safe, other.trust.safe)
     np.testing.assert_array_equal(one.trust.scores, other.trust.scores)
 
@@ -72,25 +75,29 @@ class Stop(Exception):
     """A run that is cut off."""
 
 
-@pytest.mark.parametrize(
-    ("after", "changes"), [(1, {}), (13, {}), (25, {}), (4, VIEWED), (21, VIEWED), (17, AGREEING)]
-)
-def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, after, changes):
-    unbroken = fit(recipe(**changes), views=noisy) if changes else whole
-    views = noisy if changes else None
-    seen = []
-    original = checkpoint.save
+def fit_until(after, recipe, **options):
+    """A run that is killed right after so many checkpoints."""
+    seen, original = [], checkpoint.save
 
-    def save(*args, **options):
-        original(*args, **options)
+    def save(*args, **kwargs):
+        original(*args, **kwargs)
         seen.append(args[1])
         if len(seen) == after:
             raise Stop
 
-    monkeypatch.setattr(checkpoint, "save", save)
-    with pytest.raises(Stop):
-        fit(recipe(**changes), views=views, directory=tmp_path, save_every=-1.0)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "save", save)
+        with pytest.raises(Stop):
+            fit(recipe, **options)
+
+
+@pytest.mark.parametrize(
+    ("after", "changes"), [(1, {}), (13, {}), (25, {}), (4, VIEWED), (21, VIEWED), (17, AGREEING)]
+)
+def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, after, changes):
+    unbroken = fit(recipe(**changes), views=noisy) if changes else whole
+    views = noisy if changes else None
+    fit_until(after, recipe(**changes), views=views, directory=tmp_path, save_every=-1.0)
     again = fit(recipe(**changes), views=views, directory=tmp_path, save_every=1e9)
     same(again, unbroken)
 
@@ -102,8 +109,59 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
     same(again, whole)
 
 
+def test_a_finished_run_is_final_even_if_its_last_step_was_saved_before(whole, tmp_path):
+    fit(recipe(), directory=tmp_path, save_every=-1.0)
+    again = fit(recipe(), directory=tmp_path, evaluate=lambda *_: pytest.fail("it was run again"))
+    same(again, whole)
+
+
+def test_processes_ask_for_a_checkpoint_across_passes_shorter_than_their_patience(
+    tmp_path, monkeypatch
+):
+    # No pass of these has as many steps.
+    monkeypatch.setattr(sys.modules["jaxrobust.safeclip.fit"], "_ASK_EVERY", N // BATCH + 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel, "agreed", lambda value: value)
+    saver = sys.modules["jaxrobust.safeclip.fit"]._Saver(tmp_path, -1.0, {})
+    due = [saver.is_due() for _ in range(3 * (N // BATCH + 1))]
+    assert np.flatnonzero(due).tolist() == [8, 17, 26]
+
+
+def test_what_evaluate_gives_is_in_the_history_as_json_has_it(tmp_path):
+    evaluate = lambda *_: {"one": np.float32(0.5), "some": (np.arange(2), 3)}  # noqa: E731
+    found = fit(recipe(epochs=3), evaluate=evaluate, directory=tmp_path)
+    again = fit(recipe(epochs=3), evaluate=evaluate, directory=tmp_path)
+    assert found.history == again.history
+    assert found.history[0] | {"one": 0.5, "some": [[0, 1], 3]} == found.history[0]
+
+
+def test_weights_that_were_not_believed_say_nothing_later_either():
+    upside_down = lambda scores: -scores - 2  # noqa: E731
+    kept = {}
+
+    def watch(epoch, variables, trust):
+        kept[epoch] = trust
+        return {}
+
+    with pytest.warns(UserWarning, match=r"epoch 3: 0.00 % of the pairs reach 0.9, .* best 15%"):
+        fit(recipe(splitter=upside_down, bounds=(0.02, 0.5)), evaluate=watch)
+    for epoch in range(3, 7):
+        trust = kept[epoch]
+        assert trust.scores[trust.safe].min() >= trust.scores[~trust.safe].max()
+
+
+def test_a_run_from_other_weights_is_another_run(tmp_path):
+    one, other = (CLIP.init(jax.random.key(seed), SHAPE) for seed in (1, 2))
+    clean = recipe(method="cleanclip", epochs=2)
+    first = fit(clean, start=one, directory=tmp_path)
+    same(fit(clean, start=one, directory=tmp_path), first)
+    for start in (other, None):
+        with pytest.raises(checkpoint.CheckpointError, match="expected a run with start"):
+            fit(clean, start=start, directory=tmp_path)
+
+
 def test_splitters_of_other_known_bad_pairs_are_other_settings(tmp_path):
-    one, other = (safeclip.conformal(np.array([bad])) for bad in (-1.0, 1.0))
+    one, other = (safeclip.conformal(np.array([bad])) for bad in (3, 5))
     fit(recipe(epochs=3, threshold=0.4, splitter=one), directory=tmp_path)
     fit(recipe(epochs=3, threshold=0.4, splitter=one), directory=tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="expected a run with splitter"):
@@ -211,10 +269,13 @@ def test_fixed_schedules_end_at_zero_when_training_does():
         ({"method": "siglip"}, "method must be one of"),
         ({"epochs": 2}, "epochs must exceed unimodal_epochs . slow_epochs = 2, got 2"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
+        ({"batch_size": 32}, "pool must hold at least a batch, 32 rows, got 20"),
+        ({"unimodal_epochs": -1}, "unimodal_epochs must be a whole number >= 0, got -1"),
+        ({"rows": "columns"}, "rows must be one of .* got 'columns'"),
         ({"memory": 1.0}, "memory must be in .0, 1., got 1.0"),
         ({"schedule": "mended"}, "schedule must be one of"),
         ({"growth": -0.1}, "growth must be >= 0, got -0.1"),
-        ({"slow_epochs": -1}, "slow_epochs must be >= 0, got -1"),
+        ({"slow_epochs": -1}, "slow_epochs must be a whole number >= 0, got -1"),
         ({"threshold": 90.0}, r"threshold must be in .0, 1., got 90"),
         ({"cap": 85.0}, r"cap must be in .0, 1., got 85"),
         ({"bounds": (2.0, 50.0)}, r"bounds must be two rising shares in .0, 1., got .2.0, 50.0."),
@@ -230,7 +291,7 @@ def test_pairs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"tokens must be .n, 1 . v, t. for the 64 images"):
         safeclip.fit(CLIP, recipe(), IMAGES, TOKENS[:, 0])
     with pytest.raises(ValueError, match="batch_size must be <= 64, the number of pairs, got 65"):
-        fit(recipe(batch_size=65))
+        fit(recipe(batch_size=65, pool=65))
     with pytest.raises(ValueError, match="neighbours must be < 64, the number of pairs, got 64"):
         fit(recipe(scoring="agreement", neighbours=64))
     with pytest.raises(TypeError, match="tokens must be whole numbers, got float32"):

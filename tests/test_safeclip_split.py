@@ -57,13 +57,17 @@ def test_ranks_are_shares_of_the_pairs():
 
 
 def test_conformal_weights_let_bad_pairs_in_no_more_often_than_promised():
-    bad = RANDOM.normal(0.1, 0.05, 4000)
-    weigh, alpha = safeclip.conformal(bad[:2000]), 0.05
-    passed = (weigh(bad[2000:]) >= 1 - alpha).mean()
+    bad, alpha = RANDOM.normal(0.1, 0.05, 4000), 0.05
+    scores = np.append(RANDOM.permutation(bad), 0.2)
+    known = RANDOM.permutation(4000)[:2000]
+    weights = safeclip.conformal(known)(scores)
+    unknown = np.setdiff1d(np.arange(4000), known)
+    passed = (weights[unknown] >= 1 - alpha).mean()
     assert passed < alpha + 3 * np.sqrt(alpha / 2000)
     assert passed > 0.5 * alpha
-    count = np.sum(bad[:2000] >= 0.2)
-    np.testing.assert_allclose(weigh(np.array([0.2, 0.2])), 1 - (1 + count) / 2001)
+    assert not weights[known].any()
+    count = np.sum(scores[known] >= 0.2)
+    np.testing.assert_allclose(weights[4000], 1 - (1 + count) / 2001)
 
 
 def test_the_first_split_takes_what_reaches_the_threshold():
@@ -91,6 +95,16 @@ def test_a_share_out_of_bounds_falls_back_to_the_most_similar(weights):
     assert "outside (0.02, 0.5)" in split.fallback
 
 
+def test_one_mode_is_not_believed_when_two_are_asked_for():
+    weights = safeclip.gaussian_mixture(monotone=True)
+    for scores, reason in ((TWO, ""), (ONE, "the scores do not have two modes: ")):
+        split = safeclip.first_split(weights(scores), scores, bimodal=True)
+        assert split.fallback.startswith(reason)
+        assert bool(split.fallback) == bool(reason)
+        assert not safeclip.first_split(weights(scores), scores).fallback
+    np.testing.assert_array_equal(split.safe, safeclip.largest(ONE, ONE, int(0.15 * len(ONE))))
+
+
 def test_the_largest_are_exactly_so_many_with_ties_settled():
     weights, scores = np.array([1, 1, 1, 0.5, 0]), np.array([0.1, 0.3, 0.3, 0.9, 0.9])
     for count, expected in ((0, []), (2, [1, 2]), (3, [0, 1, 2]), (5, [0, 1, 2, 3, 4])):
@@ -103,6 +117,9 @@ def test_the_largest_are_exactly_so_many_with_ties_settled():
     [
         (lambda: safeclip.fit_mixture(np.zeros(1)), "scores must be .n. with n >= 2"),
         (lambda: safeclip.fit_mixture(np.array([0, np.nan, 1])), "scores must be finite, got nan"),
+        (lambda: safeclip.conformal(np.zeros(3)), "bad must be .m. rows with m >= 1, got array"),
+        (lambda: safeclip.conformal([3, 3]), "bad must be different rows >= 0, got .3, 3."),
+        (lambda: safeclip.conformal([1000])(TWO), "bad must be rows of the 1000 scores, got 1000"),
         (lambda: safeclip.fit_mixture(TWO, covariance="diag"), "covariance must be one of"),
         (lambda: safeclip.largest(TWO, TWO, 1001), "count must be in .0, 1000., got 1001"),
         (

@@ -40,10 +40,10 @@ def check_number(name: str, value: Any, *, low: int | float, strict: bool = Fals
         raise ValueError(f"{name} must be {'>' if strict else '>='} {low:g}, got {value:g}")
 
 
-def check_steps(steps: int, name: str = "steps") -> None:
-    """Refuses a count, of steps or of what `name` says, that is no whole number of at least 1."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {steps!r}")
+def check_steps(steps: int, name: str = "steps", *, low: int = 1) -> None:
+    """Refuses a count, of steps or of what `name` says, that is no whole number >= `low`."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < low:
+        raise ValueError(f"{name} must be a whole number >= {low}, got {steps!r}")
 
 
 def check_loop(form: str) -> None:

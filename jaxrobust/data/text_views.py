@@ -4,6 +4,7 @@ found = text_views(captions, views=2, seed=0)
 first, second = zip(*found.variants)
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+_LOG = logging.getLogger("jaxrobust.data")
 Synonyms = Mapping[str, Sequence[str]]
 _INSERT_TRIES = 10  # as EDA's code, before it gives up on finding a word with synonyms
 _UNCHANGED = ("caption empty", "no letters", "one word")
@@ -93,6 +95,8 @@ def text_views(
         words = text.split()
         randoms = (np.random.RandomState([seed, int(number), view]) for view in range(views))
         variants.append(tuple(" ".join(_variant(words, r, rate, synonyms)) for r in randoms))
+    kept = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    _LOG.info("text views: %s; what is empty, without letters or one word is kept as it is", kept)
     return TextViews(tuple(variants), counts)
 
 

@@ -17,7 +17,7 @@ from jaxrobust.safeclip.manifest import Manifest
 from jaxrobust.safeclip.poisons import backdoor, targeted
 from jaxrobust.safeclip.pool import Pool, empty_pool, nearest, push
 from jaxrobust.safeclip.rates import Plan, Rate, mixed_rates, rate
-from jaxrobust.safeclip.recipe import METHODS, Recipe, official, passes
+from jaxrobust.safeclip.recipe import METHODS, Recipe, official, passes, recommended
 from jaxrobust.safeclip.scoring import similarities
 from jaxrobust.safeclip.split import (
     Mixture,
@@ -67,6 +67,7 @@ __all__ = [
     "passes",
     "push",
     "rate",
+    "recommended",
     "running_maximum",
     "similarities",
     "targeted",

@@ -6,21 +6,28 @@ Embeddings of the unimodal phase will do: no poison has ever tied its image to i
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from jaxrobust import parallel
 from jaxrobust.attacks.inputs import check_steps
 
-# Similarities that are held at a time, in each modality: 1 GiB.
+# Similarities that a device holds at a time, in each modality: 1 GiB.
 _AT_ONCE = 2**28
 
 
 def agreement(
-    images: Any, captions: Any, *, neighbours: int = 8, alike: float = 0.995
+    images: Any,
+    captions: Any,
+    *,
+    neighbours: int = 8,
+    alike: float = 0.995,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "n"]:
     """How well a pair agrees with the pairs around it.
 
@@ -38,6 +45,8 @@ def agreement(
         neighbours: k >= 1, fewer than n.
         alike: cosine in (0, 1] above which a neighbour counts as a copy and is not asked; 1 asks
             them all.
+        mesh: this process's devices, which share the pairs; one device by default. With several
+            processes each one compares its share with all, and all get all scores.
 
     Returns:
         [n] scores of mean 0, in standard deviations. A pair without a neighbour that is no copy
@@ -57,7 +66,8 @@ def agreement(
     if len(images) <= neighbours:
         raise ValueError(f"neighbours must be fewer than the {len(images)} pairs, got {neighbours}")
     x, y = _centred(images), _centred(captions)
-    one, other = (_standardised(_asked(*pair, neighbours, alike)) for pair in ((x, y), (y, x)))
+    asked = _Asked(neighbours, float(alike))
+    one, other = (_standardised(_over(asked, *pair, mesh)) for pair in ((x, y), (y, x)))
     return (one + other) / 2
 
 
@@ -68,26 +78,42 @@ def _centred(embeddings: Array) -> Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def _asked(near: Array, told: Array, neighbours: int, alike: float) -> np.ndarray:
+def _over(asked: "_Asked", near: Array, told: Array, mesh: Mesh | None) -> np.ndarray:
     """[n] mean similarity in one modality to those who are near in the other."""
-    count = len(near)
-    size = max(1, min(count, _AT_ONCE // count))
+    count, devices = len(near), 1 if mesh is None else mesh.size
+    share = -(-count // jax.process_count())
+    first = share * jax.process_index()
+    size = devices * max(1, min(-(-share // devices), _AT_ONCE // count))
+    everyone = parallel.replicate((near, told), mesh)
     found = []
-    for start in range(0, count, size):
+    for start in range(first, first + share, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
-        found.append(np.asarray(_block(rows, near, told, alike, neighbours)))
-    return np.concatenate(found)[:count].astype(np.float64)
+        found.append(np.asarray(_block(asked, mesh, everyone, rows)))
+    mine = np.concatenate(found)[:share].astype(np.float64)
+    return parallel.from_all_processes(mine)[:count]
 
 
-@partial(jax.jit, static_argnames="neighbours")
-def _block(rows: Array, near: Array, told: Array, alike: Array, neighbours: int) -> Array:
-    closeness = jnp.matmul(near[rows], near.T, precision=jax.lax.Precision.HIGHEST)
-    closeness = jnp.where(closeness > alike, -jnp.inf, closeness)
-    closeness = closeness.at[jnp.arange(len(rows)), rows].set(-jnp.inf)
-    closeness, places = jax.lax.top_k(closeness, neighbours)
-    is_asked = jnp.isfinite(closeness)
-    similarity = jnp.einsum("bd,bkd->bk", told[rows], told[places], precision="highest")
-    return jnp.where(is_asked, similarity, 0).sum(1) / jnp.maximum(is_asked.sum(1), 1)
+class _Asked(NamedTuple):
+    """What is compiled for."""
+
+    neighbours: int
+    alike: float
+
+    def __call__(self, everyone: tuple[Array, Array], rows: Array, axis_name: str | None) -> Array:
+        """[b] for some of the rows."""
+        near, told = everyone
+        closeness = jnp.matmul(near[rows], near.T, precision=jax.lax.Precision.HIGHEST)
+        closeness = jnp.where(closeness > self.alike, -jnp.inf, closeness)
+        closeness = closeness.at[jnp.arange(len(rows)), rows].set(-jnp.inf)
+        closeness, places = jax.lax.top_k(closeness, self.neighbours)
+        is_asked = jnp.isfinite(closeness)
+        similarity = jnp.einsum("bd,bkd->bk", told[rows], told[places], precision="highest")
+        return jnp.where(is_asked, similarity, 0).sum(1) / jnp.maximum(is_asked.sum(1), 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _block(asked: _Asked, mesh: Mesh | None, everyone: tuple[Array, Array], rows: Array) -> Array:
+    return parallel.map_examples(asked, mesh)(everyone, rows)
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ fitted = safeclip.fit(clip, recipe, pairs.images, tokens, views=views, directory
 
 import functools
 import hashlib
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,7 +101,8 @@ def fit(
         mesh: the devices; all by default.
         mapping: of `parallel.data_parallel`.
         dtype: compute type of the encoders.
-        evaluate: (epoch, variables, trust) -> numbers for the history, after each epoch.
+        evaluate: (epoch, variables, trust) -> numbers for the history, after each epoch; as JSON
+            has them.
         directory: where checkpoints go; a run that is there is gone on with, and ends bit-equal to
             one that was never stopped. It must have the same pairs and settings; of images on disk
             only which they are is compared, not what the files hold, and of functions the name
@@ -126,11 +128,12 @@ def fit(
         made = training_step(clip, optimizer, kind, views=views, rows=recipe.rows, dtype=dtype)
         return parallel.data_parallel(made, mesh, mapping=mapping)
 
-    def create(key):
+    def create(key, start):
         shape = images.shape[1:]
         return create_state(clip, optimizer, key, shape, pool=recipe.pool, start=start)
 
-    state = parallel.create(create, mesh, jax.random.key(seed))
+    start = None if start is None else jax.tree.map(np.asarray, start)
+    state = parallel.create(create, mesh, jax.random.key(seed), start)
     nothing = np.zeros(len(images), np.float32)
     trust = Trust(nothing, nothing + 1, np.ones(len(images), bool))
     saver = _Saver(
@@ -144,6 +147,7 @@ def fit(
             "views": _name(views),
             "splitter": _name(recipe.splitter),
             "dtype": _name(dtype),
+            "start": None if start is None else _digest(start),
             **recipe.numbers,
         },
     )
@@ -193,11 +197,17 @@ def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.A
     if is_first:
         safe, loop["fallback"] = first_split(
             weights, scores, threshold=recipe.threshold, bounds=recipe.bounds,
-            fallback=recipe.fallback,
+            fallback=recipe.fallback, bimodal=recipe.bimodal,
         )  # fmt: skip
+        if loop["fallback"]:
+            warnings.warn(
+                f"epoch {epoch}: {loop['fallback']}, so the best {recipe.fallback:.0%} are safe",
+                stacklevel=3,
+            )
     else:
         count = safe_count(recipe.fraction(loop["first"], epoch), len(scores))
-        safe = largest(weights, scores, count)
+        # Weights that were not believed do not say who comes next either.
+        safe = largest(scores if loop["fallback"] else weights, scores, count)
     loop["split"] = epoch
     trust = Trust(*map(parallel.from_first_process, (scores, weights, safe)))
     if trust.safe.sum() < recipe.batch_size:
@@ -237,12 +247,13 @@ def _run(step, state, trust, loop, kind: str, batches, saver) -> TrainState:
     """One pass, or what is left of it."""
     waiting = []
     for batch in batches:
+        # Before a step, for after the last one of an epoch its evaluation is still to come.
+        if saver.is_due():
+            _settle(loop, kind, waiting)
+            saver.save(state, trust, loop)
         state, metrics = step(state, batch)
         waiting.append(metrics["loss"])
         loop["step"] += 1
-        if saver.is_due(loop["step"]):
-            _settle(loop, kind, waiting)
-            saver.save(state, trust, loop)
     _settle(loop, kind, waiting)
     return state
 
@@ -265,7 +276,9 @@ def _close(loop: dict, state: TrainState, trust: Trust, evaluate) -> None:
     if loop["split"]:
         entry |= {"safe_share": float(trust.safe.mean()), "fallback": loop["fallback"]}
     if evaluate is not None:
-        entry |= evaluate(loop["epoch"], state.variables(), trust)
+        found = evaluate(loop["epoch"], state.variables(), trust)
+        # As a checkpoint gives it back.
+        entry |= json.loads(json.dumps(found, default=lambda value: np.asarray(value).tolist()))
     loop["history"] = [*loop["history"], entry]
     loop.update({"epoch": loop["epoch"] + 1, "pass": 0, "step": 0, "losses": {}})
 
@@ -277,7 +290,7 @@ class _Saver:
         self.folder = None if directory is None else Path(directory) / "checkpoint"
         self.every, self.settings = every, settings
         self.begun = self.saved = time.monotonic()
-        self.earlier = 0.0
+        self.earlier, self.asked = 0.0, 0
 
     def restored(self, state, trust):
         """(state, trust, loop), of the checkpoint if there is one."""
@@ -302,10 +315,11 @@ class _Saver:
         self.earlier = loop["seconds"]
         return state, Trust(**{name: np.asarray(value) for name, value in trust.items()}), loop
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self) -> bool:
         """Whether it is time for a checkpoint, by process 0's clock."""
+        self.asked += 1
         # All processes must save at the same step. Asking makes them wait, so it is seldom.
-        if self.folder is None or (jax.process_count() > 1 and step % _ASK_EVERY):
+        if self.folder is None or (jax.process_count() > 1 and self.asked % _ASK_EVERY):
             return False
         return parallel.agreed(time.monotonic() - self.saved > self.every)
 
@@ -331,8 +345,18 @@ def _name(thing: Any) -> str:
         named = [f"{name}={_name(value)}" for name, value in thing.keywords.items()]
         return f"{_name(thing.func)}({', '.join([*map(_name, thing.args), *named])})"
     if isinstance(thing, np.ndarray | jax.Array):
-        return hashlib.sha256(np.ascontiguousarray(thing)).hexdigest()
+        return _digest(thing)
     return str(getattr(thing, "__qualname__", thing))
+
+
+def _digest(tree: Any) -> str:
+    """Of a tree of arrays: names, shapes and contents."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype.str}{leaf.shape}".encode())
+        digest.update(leaf)
+    return digest.hexdigest()
 
 
 def _check(
@@ -363,4 +387,4 @@ def _check(
     if recipe.scoring == "augmented" and views is None:
         raise ValueError("views must be given for scoring='augmented', got None")
     # Else a splitter that cannot work would say so after days of warm-up.
-    recipe.splitter(np.linspace(-1, 1, 64))
+    recipe.splitter(np.linspace(-1, 1, len(images)))

@@ -56,7 +56,8 @@ def targeted(
         canary: planted by the defender.
 
     Returns:
-        The pairs with the poisons behind them, under new ids from `FIRST_ID`; and the manifest.
+        The pairs with the poisons behind them, under new ids from `FIRST_ID` and without labels,
+        which a poison has none of; and the manifest.
 
     Raises:
         TypeError: images that are not floating point.
@@ -117,8 +118,8 @@ def backdoor(
         target: name of the class.
         rate: number of poisons, or their share of the pairs.
         style: "dirty" or "consistent".
-        pool: where dirty images come from, without those of the class; the training set by
-            default.
+        pool: where dirty images come from, without those of the class; by default the training
+            set without earlier poisons.
         templates: as for `targeted`; for dirty poisons.
         seed: of the images and captions; the trigger has its own.
         canary: planted by the defender.
@@ -170,7 +171,11 @@ def _as_stored(images):
 
 def _draw_images(pool, target, count, dirty, random):
     """Rows of `count` different images, of the class or, if dirty, of all others."""
-    fits = [row for row in range(len(pool.captions)) if belongs(pool, row, target) != dirty]
+    fits = [
+        row
+        for row, index in enumerate(pool.indices)
+        if index < FIRST_ID and belongs(pool, row, target) != dirty
+    ]
     if len(fits) < count:
         what = "not of" if dirty else "of"
         raise ValueError(

@@ -7,16 +7,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrobust.attacks.inputs import check_number, check_steps
+from jaxrobust.losses.image_text import NEIGHBOUR_AXES
 from jaxrobust.safeclip.rates import SCHEDULES, Plan, Rate, mixed_rates, rate
 from jaxrobust.safeclip.scoring import SCORINGS
-from jaxrobust.safeclip.split import gaussian_mixture
+from jaxrobust.safeclip.split import by_rank, gaussian_mixture
 
 METHODS = ("safeclip", "clip", "clip_augmented", "roclip", "cleanclip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One pre-training run; `official()` makes that of the authors' code.
+    """One pre-training run, by default SAFECLIP as published with its schedules mended.
+
+    `recommended()` makes the run that withstood more and kept more of the retrieval here,
+    `official()` that of the authors' code.
 
     Attributes:
         method: "safeclip", or a baseline: "clip", "clip_augmented" (on SafeCLIP's two views),
@@ -31,7 +35,7 @@ class Recipe:
         warmup: steps of the rise; the fixed schedule takes a tenth of its total at most.
         schedule: "fixed": every pass counts its own steps and ends at 0; "official": the authors'.
         weight_decay: of AdamW.
-        pool: rows of each pool of neighbours, about 2 % of the pairs.
+        pool: rows of each pool of neighbours, about 2 % of the pairs and at least a batch.
         rows: softmax axis of the neighbour loss, "queries" (code), "neighbours" (paper), "both".
         scoring: "clean", "augmented" (code), or "agreement", which is ours; see `similarities`.
         draws: random views that are averaged in "augmented".
@@ -39,8 +43,11 @@ class Recipe:
         memory: share of the old score that a new one keeps, in [0, 1): a running average.
         splitter: scores [n] -> weights [n].
         threshold: weight from which a pair is safe at the first split.
-        bounds: shares of safe pairs that are believed; outside, the best `fallback` are taken.
+        bounds: shares of safe pairs that are believed; outside, the best `fallback` are taken,
+            and scores alone say which pairs join them later.
         fallback: see there.
+        bimodal: believe the splitter only if the scores at the first split have two modes, as of
+            `Mixture.is_bimodal`; otherwise too the best `fallback` are taken.
         growth: share of the pairs by which the safe set grows per epoch.
         cap: its largest share.
         train_risky: whether risky pairs go on in unimodal passes.
@@ -69,6 +76,7 @@ class Recipe:
     threshold: float = 0.9
     bounds: tuple[float, float] = (0.02, 0.5)
     fallback: float = 0.15
+    bimodal: bool = False
     growth: float = 0.01
     cap: float = 0.85
     train_risky: bool = True
@@ -79,11 +87,17 @@ class Recipe:
         _check_name("method", self.method, METHODS)
         _check_name("schedule", self.schedule, SCHEDULES)
         _check_name("scoring", self.scoring, SCORINGS)
+        _check_name("rows", self.rows, NEIGHBOUR_AXES)
         for name in ("epochs", "batch_size", "pool", "draws", "neighbours", "match_every"):
             check_steps(getattr(self, name), name)
-        lengths, rates = ("unimodal_epochs", "slow_epochs", "warmup"), ("peak", "slow_rate")
-        for name in (*lengths, *rates, "weight_decay", "growth"):
+        for name in ("unimodal_epochs", "slow_epochs"):
+            check_steps(getattr(self, name), name, low=0)
+        for name in ("warmup", "peak", "slow_rate", "weight_decay", "growth"):
             check_number(name, getattr(self, name), low=0)
+        if self.method in ("safeclip", "roclip") and self.pool < self.batch_size:
+            raise ValueError(
+                f"pool must hold at least a batch, {self.batch_size} rows, got {self.pool}"
+            )
         for name in ("threshold", "fallback", "cap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -132,8 +146,34 @@ class Pass(NamedTuple):
     rate: Rate
 
 
+def recommended(**changes: Any) -> Recipe:
+    """Ours: pairs are trusted by the agreement of their neighbours, before images meet texts.
+
+    Half of the pairs are trusted after three unimodal epochs, 7 % more in each epoch, 90 % at most.
+    Give it data without near copies (`thin`). Chosen by canaries on 6,700 pairs, where it took 20
+    epochs of 26 steps: other data wants canaries of its own.
+
+    Args:
+        changes: further attributes of `Recipe`.
+    """
+    settings = {
+        "epochs": 20,
+        "unimodal_epochs": 3,
+        "slow_epochs": 0,
+        "scoring": "agreement",
+        "splitter": by_rank,
+        "threshold": 0.5,
+        "bounds": (0.0, 1.0),
+        "growth": 0.07,
+        "cap": 0.9,
+    }
+    return Recipe(**{**settings, **changes})
+
+
 def official(**changes: Any) -> Recipe:
-    """The authors' code as it runs, schedules included; see the lab book for its faults.
+    """The schedules, scores, mixture and losses of the authors' code; see the lab book.
+
+    Not copied: pools that begin with random rows and lose the end of a batch where they wrap round.
 
     Args:
         changes: further attributes of `Recipe`.

@@ -68,7 +68,7 @@ def similarities(
     pairs = _Pairs(images, tokens, jax.random.key(0) if key is None else key)
     found = _over(pairs, look, variables, batch_size, mesh, progress)
     if scoring == "agreement":
-        return agreement(*found, neighbours=neighbours)
+        return agreement(*found, neighbours=neighbours, mesh=mesh)
     return found.astype(np.float64)
 
 

@@ -131,25 +131,42 @@ def by_rank(scores: Scores) -> Weights:
     return np.searchsorted(np.sort(scores), scores, side="right") / len(scores)
 
 
-def conformal(bad: Scores) -> Callable[[Scores], Weights]:
+def conformal(bad: Any) -> Callable[[Scores], Weights]:
     """The splitter with a promise: how few of known bad pairs are as similar as this one.
 
-    weight_i = 1 - (1 + #{j : bad_j >= score_i}) / (1 + m)
+    weight_i = 1 - (1 + #{j in bad : score_j >= score_i}) / (1 + m), and 0 for the known ones
 
-    With threshold = 1 - alpha, a bad pair that is exchangeable with the given ones enters the safe
-    set with probability alpha at most; no weight is above m / (1 + m).
+    With threshold = 1 - alpha, a bad pair that is exchangeable with the known ones enters the first
+    safe set with probability alpha at most; no weight is above m / (1 + m). A safe set that grows
+    later leaves the promise behind.
 
     Args:
-        bad: [m] scores of pairs that are known to be bad: canaries, or shuffled captions.
+        bad: [m] rows of the pairs that are known to be bad, among those that are scored: canaries,
+            or pairs with shuffled captions.
+
+    Raises:
+        ValueError: no rows, rows that are not whole numbers >= 0 and all different; when it is
+            called, fewer scores than the rows need.
 
     Source: Vovk et al. 2005, conformal p-values.
     """
-    return functools.partial(_conformal_weights, np.sort(_checked(bad, least=1)))
+    rows = np.asarray(bad)
+    if rows.ndim != 1 or not len(rows) or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"bad must be [m] rows with m >= 1, got {bad!r}")
+    if rows.min() < 0 or len(np.unique(rows)) < len(rows):
+        raise ValueError(f"bad must be different rows >= 0, got {bad!r}")
+    return functools.partial(_conformal_weights, np.sort(rows))
 
 
-def _conformal_weights(bad: np.ndarray, scores: Scores) -> Weights:
-    above = len(bad) - np.searchsorted(bad, _checked(scores), side="left")
-    return 1 - (1 + above) / (1 + len(bad))
+def _conformal_weights(rows: np.ndarray, scores: Scores) -> Weights:
+    scores = _checked(scores)
+    if rows[-1] >= len(scores):
+        raise ValueError(f"bad must be rows of the {len(scores)} scores, got {rows[-1]}")
+    bad = np.sort(scores[rows])
+    above = len(bad) - np.searchsorted(bad, scores, side="left")
+    weights = 1 - (1 + above) / (1 + len(bad))
+    weights[rows] = 0
+    return weights
 
 
 class Split(NamedTuple):
@@ -171,8 +188,9 @@ def first_split(
     threshold: float = 0.9,
     bounds: tuple[float, float] = (0.02, 0.5),
     fallback: float = 0.15,
+    bimodal: bool = False,
 ) -> Split:
-    """The first safe set: all whose weight reaches the threshold, unless they are too few or many.
+    """The first safe set: all whose weight reaches the threshold, unless a guard objects.
 
     Args:
         weights: [n] of a splitter.
@@ -180,6 +198,7 @@ def first_split(
         threshold: in [0, 1].
         bounds: smallest and largest share of the data that is believed; (0, 1) believes any.
         fallback: share of the most similar pairs that is taken instead: the authors' first version.
+        bimodal: object if the scores do not have two modes (`Mixture.is_bimodal`).
 
     Raises:
         ValueError: a share outside [0, 1].
@@ -190,10 +209,18 @@ def first_split(
             raise ValueError(f"bounds and fallback must be shares in [0, 1], got {value}")
     safe = np.asarray(weights) >= threshold
     share = safe.mean()
-    if bounds[0] <= share <= bounds[1]:
+    reason = ""
+    if not bounds[0] <= share <= bounds[1]:
+        reason = f"{100 * share:.2f} % of the pairs reach {threshold}, outside {bounds}"
+    elif bimodal and not (mixture := fit_mixture(scores)[0]).is_bimodal:
+        low, high = (
+            f"{mean:.3f} +- {width:.3f}"
+            for mean, width in zip(mixture.means, mixture.deviations, strict=True)
+        )
+        reason = f"the scores do not have two modes: {low} and {high}"
+    if not reason:
         return Split(safe)
     scores = _checked(scores)
-    reason = f"{100 * share:.2f} % of the pairs reach {threshold}, outside {bounds}"
     return Split(largest(scores, scores, int(fallback * len(scores))), reason)
 
 
