@@ -1,4 +1,4 @@
-"""What training a pre-processor costs beside adversarial training of the model that it protects.
+"""What a pre-processor costs: to train, beside adversarial training of its model, and to use.
 
     python -m experiments.bench_cropd                  # the laptop preset's networks; minutes
     python -m experiments.bench_cropd --preset smoke   # seconds
@@ -6,7 +6,9 @@
 One training step of each row of the CRoPD experiment, in turn in one process and on one device, so
 that seconds can be compared; in the experiment's table they may come from several machines. Each
 step is multiplied by the steps of its training: a pre-processor's are those of the preset, and
-adversarial fine-tuning is counted by the epoch, since its validation ends it.
+adversarial fine-tuning is counted by the epoch, since its validation ends it. Then the forward
+pass of the bare and of the defended models, likewise in turn: what each adds to one image, and to
+64 at once.
 """
 
 import dataclasses
@@ -39,6 +41,9 @@ class Config:
     methods: tuple[str, ...] = (
         "recommended", "gaussian_dae", "autoencoder", "reported", "alf", RIVAL
     )  # fmt: skip
+    bare: str = "none"  # what the others' forward passes are compared with
+    fronts: tuple[str, ...] = ("recommended", "jpeg", "total_variation")
+    batches: tuple[int, ...] = (1, 64)
     repeats: int = 15
     seconds: float = 120.0
 
@@ -48,10 +53,11 @@ PRESETS = {
     "smoke": Config(
         preset=dataclasses.replace(
             settings.PRESETS["smoke"],
-            methods={name: settings.METHODS[name] for name in ("recommended", RIVAL)},
+            methods={name: settings.METHODS[name] for name in ("none", "recommended", RIVAL)},
             rival_steps=1,
         ),
-        datasets=("cutouts",), methods=("recommended", RIVAL), repeats=2,
+        datasets=("cutouts",), methods=("recommended", RIVAL), fronts=("recommended",),
+        batches=(1, 2), repeats=2,
     ),
 }  # fmt: skip
 
@@ -98,7 +104,50 @@ def row(name: str, config: settings.Config, world: settings.World) -> tuple[Call
     return once, counted
 
 
+def forward(name: str, config: settings.Config, world: settings.World, batch: int) -> Callable:
+    """One forward pass of a defended model, or of the bare one, that is waited for."""
+    method, problem, shape = config.methods[name], world.problem, world.train.images.shape[1:]
+    front, own = None, {}
+    if method.kind in cropd.FILTERS:
+        front, own = models.build(method.kind, **method.options), {"params": {}}
+    elif method.kind in cropd.FRONTS:
+        front = cropd.autoencoder_of(method, problem, shape)
+        own = front.init(jax.random.key(0))
+    model = models.defend(front, world.size, world.foundation, world.classes)
+    fresh = model.init(jax.random.key(0), shape)
+    parts = {"foundation": world.published, "head": models.part(fresh, "head")}
+    variables = jax.device_put(models.join(**parts, preprocessor=own if front else None))
+    run, x = jax.jit(model.apply), jnp.asarray(world.train.images[:batch])
+    return lambda: run(variables, x).block_until_ready()
+
+
 def table(cells: list[Mapping[str, Any]]) -> str:
+    """What training costs, and what a forward pass."""
+    parts = ([c for c in cells if ("batch" in c["key"]) == passes] for passes in (False, True))
+    made = (of(part) for of, part in zip((training_table, forward_table), parts, strict=True))
+    return "\n\n".join(filter(None, made))
+
+
+def forward_table(cells: list[Mapping[str, Any]]) -> str:
+    """Milliseconds of a forward pass, and those that the pre-processor adds; "" without any."""
+    of = {tuple(cell["key"].values()): 1e3 * cell["metrics"]["seconds_median"] for cell in cells}
+    batches = sorted({batch for _, _, batch in of})
+    rows = []
+    for dataset, name in dict.fromkeys(key[:2] for key in of):
+        line = [dataset, name]
+        for batch in batches:
+            bare = next(
+                v for (where, _, size), v in of.items() if (where, size) == (dataset, batch)
+            )
+            took = of[dataset, name, batch]
+            line += [f"{took:.1f}", f"{took - bare:+.1f}" if took != bare else ""]
+        rows.append(line)
+    columns = [(f"ms, batch {batch}", "added") for batch in batches]
+    header = ["set", "in front of the model", *(name for pair in columns for name in pair)]
+    return common.markdown(header, rows) if rows else ""
+
+
+def training_table(cells: list[Mapping[str, Any]]) -> str:
     """Milliseconds and operations of a step, and of a whole training in epochs of fine-tuning."""
     of = {(cell["key"]["dataset"], cell["key"]["method"]): cell["metrics"] for cell in cells}
     rows = []
@@ -122,7 +171,7 @@ def table(cells: list[Mapping[str, Any]]) -> str:
         "set", "training", "ms per step", "GFLOP per step", "GFLOP/s", "epochs",
         f"FLOPs of all, in epochs of {RIVAL}", "seconds of all, likewise",
     ]  # fmt: skip
-    return common.markdown(header, rows)
+    return common.markdown(header, rows) if rows else ""
 
 
 def readme_table(path: Path) -> str:
@@ -153,6 +202,14 @@ def main(config: Config, options) -> None:
         for name, figures in timed.items():
             key = {"dataset": dataset, "method": name}
             results.add(key, {**figures, **rows[name][1]}, time.monotonic() - begun)
+        for batch in config.batches:
+            # The bare model first: the table's reader finds it there.
+            names = (config.bare, *config.fronts)
+            runs = {name: forward(name, config.preset, world, batch) for name in names}
+            timed = timing.interleaved(runs, repeats=config.repeats, seconds=config.seconds)
+            for name, figures in timed.items():
+                key = {"dataset": dataset, "method": name, "batch": batch}
+                results.add(key, figures, time.monotonic() - begun)
         print(f"{dataset}: {time.monotonic() - begun:.0f} s", flush=True)
     print(table(results.cells))
     print(f"results: {path}")

@@ -197,13 +197,16 @@ class Results:
 
     def add(self, key: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> None:
         """Adds a cell and writes the file; with several hosts only the first one writes."""
+        made = provenance()
         cell = {"key": dict(key), "metrics": dict(metrics), "seconds": round(seconds, 2)}
+        # A table's cells may come from several machines and days.
+        cell |= {"device": made["device"], "commit": made["commit"]}
         with self.lock or contextlib.nullcontext():
             if self.lock:
                 self.read()
             self.cells.append(cell)
             if jax.process_index() == 0:
-                text = json.dumps({**self.record, **provenance()}, indent=1) + "\n"
+                text = json.dumps({**self.record, **made}, indent=1) + "\n"
                 atomic_write(self.path, text)
 
 

@@ -27,7 +27,8 @@ from experiments.cropd_settings import PRESETS, Built, Config, Method, Problem, 
 from jaxrobust import cropd, models, training
 
 NAME = "cropd"
-FRONTS = ("autoencoder", "denoiser", "jpeg", "total_variation")
+FILTERS = ("jpeg", "total_variation")
+FRONTS = ("autoencoder", "denoiser", *FILTERS)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -40,7 +41,9 @@ def build(key: dict, config: Config, world: World, options) -> Built:
         return rival(key, config, world, options)
     front, ours, costs = None, None, {}
     if method.kind in FRONTS:
-        front, ours, costs = preprocessor(key, config, world, options)
+        # Nothing that is trained here may look at the model that it will protect.
+        blind = world._replace(foundation=None, published=None)
+        front, ours, costs = preprocessor(key, config, blind, options)
     model = models.defend(front, world.size, world.foundation, world.classes)
     variables = models.join(preprocessor=ours, foundation=world.published)
 
@@ -64,7 +67,7 @@ def preprocessor(key, config: Config, world: World, options) -> tuple[models.Mod
     """(model, variables, costs) of what stands in front; it sees no foundation model."""
     method, problem = config.methods[key["method"]], world.problem
     shape = world.train.images.shape[1:]
-    if method.kind in ("jpeg", "total_variation"):
+    if method.kind in FILTERS:
         return models.build(method.kind, **method.options), {"params": {}}, {}
     model = autoencoder_of(method, problem, shape)
     objective = objective_of(method, problem, config, shape)
@@ -181,11 +184,18 @@ def trained(
             "train_epochs": fitted.best_epoch,
             "train_flops": flops(model, objective, config, shape) * per_epoch * fitted.best_epoch,
             "train_seconds": round((fitted.seconds - fitted.validation_seconds) * share, 2),
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(fitted.variables["params"])),
+            "parameters": trained_parameters(model, fitted.variables["params"]),
         }
         return fitted.variables, costs
 
     return common.kept(folder, "weights", make)
+
+
+def trained_parameters(model, params: dict) -> int:
+    """How many numbers training may change."""
+    still = model.config.get("frozen", ())
+    moving = {name: leaves for name, leaves in params.items() if name not in still}
+    return sum(leaf.size for leaf in jax.tree.leaves(moving))
 
 
 def step_of(model, objective, steps: int, rate: float, config: Config, problem: Problem):

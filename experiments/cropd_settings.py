@@ -186,7 +186,7 @@ PRESETS = {
         },
         epochs=100, batch_size=512, rate=1e-3, attack_steps=10, ema_decay=0.999,
         rival_epochs=30, test_images=10_000, attacked_images=1000, certify_samples=10_000,
-        queries=5000, batch=250,
+        queries=5000, suite_targets=9, batch=250,
     ),
 }  # fmt: skip
 
@@ -197,8 +197,8 @@ class World(NamedTuple):
     problem: Problem
     train: data.Dataset
     test: data.Dataset
-    foundation: models.Model
-    published: dict
+    foundation: models.Model | None
+    published: dict | None
     size: tuple[int, int, int]
 
     @property

@@ -47,8 +47,26 @@ def table(path: Path, *, every: bool = True) -> str:
 
 
 def readme_table(path: Path) -> str:
-    """The rows that were run, the others named, and the verdict."""
-    return f"{table(path, every=False)}\n\n{verdict(path)}".strip()
+    """The rows that were run, the others named, the verdict, and the certificates."""
+    parts = table(path, every=False), verdict(path), certificates(path)
+    return "\n\n".join(filter(None, parts))
+
+
+def certificates(path: Path) -> str:
+    """What randomized smoothing with a denoiser in front certifies; "" where it was not run."""
+    record = read(path)
+    rows = rows_of(record, "dataset", "method")
+    found = {key: cells for key, cells in rows.items() if "certified_accuracy" in cells[0]}
+    lines = []
+    for (dataset, method), cells in found.items():
+        sigma = record["config"]["methods"][method]["sigma"]
+        held = np.mean([cell["certified_accuracy"] for cell in cells], 0)
+        lines.append([dataset, method, f"{sigma:g}", *(f"{100 * share:.1f}" for share in held)])
+    if not lines:
+        return ""
+    radii = next(iter(found.values()))[0]["radii"]
+    header = ["certified, l2", "", "sigma", *(f"radius {radius:g}, %" for radius in radii)]
+    return markdown(header, lines)
 
 
 def run_rows(record: dict, dataset: str) -> dict[str, dict[str, str]]:
@@ -72,7 +90,7 @@ def columns(cells: list[dict], steps: int) -> dict[str, str]:
     pgd = [found[1] for found in of(f"pgd{steps}_accuracy")]
     robust, flops, seconds = of("robust_accuracy"), of("train_flops"), of("train_seconds")
     alarms = sorted({flag for flags in of("card_flags") for flag in flags})
-    times = [f"{np.median(of(f'milliseconds_batch_{size}')):.1f}" for size in (1, 64)]
+    parameters = of("parameters")
     return {
         "clean %": spread(of("clean_accuracy")),
         f"PGD-{steps} %": spread(pgd),
@@ -81,7 +99,7 @@ def columns(cells: list[dict], steps: int) -> dict[str, str]:
         "alarms": ", ".join(alarms) if of("card_flags") else "not run",
         "training TFLOP": f"{np.median(flops) / 1e12:.1f}" if flops else "0",
         "s": f"{np.median(seconds):.0f}" if seconds else "",
-        "ms, batch 1 / 64": " / ".join(times),
+        "trained parameters": f"{np.median(parameters) / 1e3:,.0f} k" if parameters else "0",
         "seeds": str(len(cells)),
     }
 

@@ -1,6 +1,7 @@
 """CRoPD's objective: its terms, its attack, and what it may not depend on."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,22 @@ def test_the_attack_and_the_training_do_not_depend_on_the_number_of_devices(form
     jax.tree.map(close, *found.values())
 
 
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_the_published_attack_is_the_same_to_the_bit_on_any_number_of_devices(devices):
+    objective = cropd.robust_autoencoder(ATTACK)
+
+    def attacked(variables, examples, axis_name):
+        images, keys = examples
+        apply = partial(MODEL.apply, variables)
+        found = training.Context(apply, keys, jnp.int32(0), {}, axis_name)
+        return objective.perturb(found, images, None)[0]
+
+    run = jax.jit(parallel.map_examples(attacked, parallel.data_mesh(devices)))
+    alone = jax.jit(parallel.map_examples(attacked, None))
+    examples = jnp.asarray(IMAGES), KEYS
+    np.testing.assert_array_equal(run(VARIABLES, examples), alone(VARIABLES, examples))
+
+
 def test_the_attack_climbs_away_from_the_clean_code():
     clean = code_of(IMAGES)
     noise = RANDOM.choice([-0.1, 0.1], IMAGES.shape)
@@ -268,3 +285,25 @@ def test_held_anchors_get_no_gradient_from_the_contrastive_term():
 def test_bad_arguments_are_refused_at_once(message, options):
     with pytest.raises(ValueError, match=message):
         cropd.robust_autoencoder(**{"attack": ATTACK, **options})
+
+
+def test_denoising_has_a_gradient_at_the_image_itself():
+    objective = cropd.robust_autoencoder(
+        attacks.linf_pgd(0.1, steps=2, start="none"), weights=Weights(0.0, 0.0, denoising=1.0)
+    )
+    assert (np.abs(perturbed(objective) - IMAGES).max((1, 2, 3)) > 0.05).all()
+
+
+def test_the_recommended_step_goes_far_out_of_the_ball_and_rebuilds_the_image():
+    objective = cropd.recommended(0.05, radius=4, noise=2, bounds=None)
+    found = perturbed(objective)
+    # Noise of two radii, then one radius along a sign, and back to the image's neighbourhood.
+    assert 4 * 0.05 < np.abs(found - IMAGES).max() < 0.05 * 4 * 12
+    by_hand = cropd.robust_autoencoder(
+        attacks.n_fgsm(0.2, noise=2, start="gaussian", bounds=None),
+        weights=Weights(0.0, 0.0, denoising=1.0), aim="random",
+    )  # fmt: skip
+    np.testing.assert_array_equal(found, perturbed(by_hand))
+    for name in ("eps", "radius"):
+        with pytest.raises(ValueError, match=f"{name} must be > 0, got 0"):
+            cropd.recommended(**{"eps": 0.1, name: 0})

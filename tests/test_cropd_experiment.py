@@ -297,6 +297,107 @@ def test_a_training_is_measured_in_epochs_of_fine_tuning():
     assert bench_cropd.table(cells[:1]).endswith("| 20 |  |  |")
 
 
+def test_what_a_preprocessor_adds_is_measured_against_the_bare_model():
+    def timed(dataset, method, batch, seconds):
+        key = {"dataset": dataset, "method": method, "batch": batch}
+        return {"key": key, "metrics": {"seconds_median": seconds}}
+
+    cells = [
+        timed(dataset, method, batch, scale * batch * seconds)
+        for dataset, scale in (("emoji", 1), ("digits", 2))
+        for batch in (1, 64)
+        for method, seconds in (("none", 1e-3), ("ours", 1.5e-3))
+    ]
+    lines = bench_cropd.table(cells).splitlines()
+    assert lines[0] == (
+        "| set | in front of the model | ms, batch 1 | added | ms, batch 64 | added |"
+    )
+    assert lines[2:] == [
+        "| emoji | none | 1.0 |  | 64.0 |  |",
+        "| emoji | ours | 1.5 | +0.5 | 96.0 | +32.0 |",
+        "| digits | none | 2.0 |  | 128.0 |  |",
+        "| digits | ours | 3.0 | +1.0 | 192.0 | +64.0 |",
+    ]
+
+
+def test_certificates_are_shown_by_radius(results):
+    assert plots_cropd.certificates(results) == ""
+    record = json.loads(results.read_text())
+    record["config"]["methods"]["ours"]["sigma"] = 0.12
+    for one in record["cells"]:
+        if one["key"]["method"] == "ours":
+            held = [0.8, 0.5 if one["key"]["seed"] else 0.4]
+            one["metrics"] |= {"radii": [0.0, 0.1], "certified_accuracy": held}
+    results.write_text(json.dumps(record))
+    lines = plots_cropd.certificates(results).splitlines()
+    assert lines[0] == "| certified, l2 |  | sigma | radius 0, % | radius 0.1, % |"
+    assert lines[2] == "| emoji | ours | 0.12 | 80.0 | 45.0 |"
+    assert plots_cropd.readme_table(results).endswith(lines[2])
+
+
+KINDS = {
+    "denoiser": Method(kind="denoiser", sigma=0.1),
+    "reported": Method(contrast=1.0),
+    "jpeg": METHODS["jpeg"],
+    "total_variation": METHODS["total_variation"],
+    "alf": METHODS["alf"],
+    "aff": METHODS["aff"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_row_is_built_and_judged_from_nothing(kind, tmp_path):
+    config = dataclasses.replace(
+        CONFIG, methods={"none": METHODS["none"], "row": KINDS[kind], "ours": Method()},
+        reference="ours", final=("row",), epochs=3, rival_epochs=1, ramp_epochs=1, rival_steps=1,
+        batch_size=5, test_images=COUNT, pgd_steps=1, suite_targets=1, queries=2,
+        certify_samples=20, latency_repeats=1,
+    )  # fmt: skip
+    options = SimpleNamespace(
+        runs=tmp_path, experiment="cropd", preset="test", devices=1, mapping="shard_map"
+    )
+    published = FOUNDATION.init(jax.random.key(3), WORLD.size)
+    world = WORLD._replace(published=published)
+    key = {"dataset": "none", "method": "row", "seed": 0, "eps": EPS}
+    made = experiment.build(key, config, world, options)
+    kept = models.part(made.variables, "foundation")
+    moved = [
+        (np.asarray(a) != np.asarray(b)).any()
+        for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(published), strict=True)
+    ]
+    assert any(moved) == (kind == "aff")
+    assert ("train_flops" in made.costs) == (kind not in experiment.FILTERS)
+    if kind == "alf":
+        assert made.costs["parameters"] == CLASSES * 9
+    near = experiment.neighbours(key, config, world, options)
+    assert list(near) == ["none"]
+    found = cropd_evaluation.evaluate(key, config, world, made, near, tmp_path / "suite")
+    assert found["robust_accuracy"] <= found["pgd1_accuracy"][1] + 1e-9 <= 1
+    assert ("certified_accuracy" in found) == (kind == "denoiser")
+    assert ("bound" in found) == (kind in ("denoiser", "reported"))
+
+
+class Trained(Exception):
+    """Training was reached, with this world."""
+
+
+def test_no_preprocessor_sees_the_model_that_it_will_protect(tmp_path, monkeypatch):
+    def trained(key, config, world, *_):
+        raise Trained(world)
+
+    refused = lambda *_, **__: pytest.fail("the foundation model was asked")  # noqa: E731
+    monkeypatch.setattr(experiment, "trained", trained)
+    world = WORLD._replace(foundation=models.Model(refused, refused, refused, {"name": "blind"}))
+    key = {"dataset": "none", "method": "ours", "seed": 0, "eps": EPS}
+    config = dataclasses.replace(CONFIG, reference="ours")
+    options = SimpleNamespace(runs=tmp_path, experiment="cropd", preset="test")
+    with pytest.raises(Trained) as found:
+        experiment.build(key, config, world, options)
+    (seen,) = found.value.args
+    assert (seen.foundation, seen.published) == (None, None)
+
+
 def test_a_rival_trains_on_what_does_not_choose_its_epoch():
     kept, held_out = experiment.without_a_tenth(WORLD)
     assert (len(kept.train.labels), len(held_out.labels)) == (COUNT - 1, 1)

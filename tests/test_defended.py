@@ -9,7 +9,7 @@ import optax
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from jaxrobust import attacks, checkpoint, cropd, losses, models, training
+from jaxrobust import attacks, checkpoint, cropd, losses, models, parallel, training
 
 SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 6
 RANDOM = np.random.default_rng(0)
@@ -74,7 +74,8 @@ def test_frozen_parts_stand_still_and_the_others_learn(variables):
 
     def moved(frozen):
         model = models.defend(PREPROCESSOR, SIZE, FOUNDATION, CLASSES, frozen=frozen)
-        optimizer = optax.adam(1e-2)
+        # Decay moves whatever has no gradient.
+        optimizer = optax.adamw(1e-2, weight_decay=0.1)
         state = training.create_state(model, optimizer, jax.random.key(0), SHAPE)
         state = state._replace(
             params=variables["params"], batch_stats=variables["batch_stats"],
@@ -105,6 +106,13 @@ def test_a_saved_configuration_makes_the_same_model_again(variables):
     np.testing.assert_array_equal(same, DEFENDED.apply(variables, IMAGES))
 
 
+def with_features(variables, count):
+    head = variables["params"]["head"]
+    own = {"params": {**head, "kernel": np.resize(head["kernel"], (count, CLASSES))}}
+    parts = {name: models.part(variables, name) for name in ("preprocessor", "foundation")}
+    return models.join(**parts, head=own)
+
+
 def without_head(variables):
     parts = {name: models.part(variables, name) for name in ("preprocessor", "foundation")}
     return models.join(**parts)
@@ -125,6 +133,14 @@ def with_classes(variables, count):
         ("head must be an integer", lambda v: models.defend(None, None, FOUNDATION, 0)),
         ("frozen must be one of", lambda v: models.defend(None, None, FOUNDATION, frozen=("F",))),
         ("parts must be one of", lambda v: models.join(backbone={})),
+        (
+            "head must be variables, .* got a dict of kernel, bias",
+            lambda v: models.join(head=v["params"]["head"]),
+        ),
+        (
+            r"head must have a kernel .8, 3. for the features 'features', got .7, 3.",
+            lambda v: DEFENDED.apply(with_features(v, 7), IMAGES),
+        ),
         (
             "variables must hold a F, got head: models.join",
             lambda v: models.part(models.join(head={"params": {}}), "F"),
@@ -160,6 +176,15 @@ def test_features_are_what_the_head_sees_in_batches_of_any_size(variables):
     for size in (2, 4, 100):
         found = cropd.features(DEFENDED, without_head(variables), IMAGES, batch_size=size)
         np.testing.assert_allclose(found, features, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_features_are_the_same_on_any_number_of_devices(variables, devices):
+    # As they come from training: on one device.
+    committed = jax.device_put(variables, jax.devices()[0])
+    mesh = parallel.data_mesh(devices)
+    found = cropd.features(DEFENDED, committed, IMAGES, batch_size=4, mesh=mesh)
+    np.testing.assert_allclose(found, by_hand(variables, IMAGES)[1], rtol=1e-4, atol=1e-6)
 
 
 def test_the_fitted_head_is_the_optimum_that_scikit_learn_finds():
@@ -236,6 +261,25 @@ def test_the_bound_holds_with_exact_constants_and_its_terms_are_right(seed):
     widest = [np.linalg.norm(kernel - kernel[:, [y]], axis=0).max() for y in labels]
     np.testing.assert_allclose(report.head, widest, rtol=1e-5)
     assert report.means["holds"] == 1
+
+
+def test_displacements_that_a_cosine_in_float32_does_not_show_are_measured():
+    defended, variables, lipschitz = linear_world()
+    x = np.random.default_rng(1).random((20, 2, 3, 1), dtype=np.float32)
+    report = cropd.bound_report(
+        defended, variables, x, np.zeros(20, np.int32), attack=attacks.linf_pgd(1e-4, steps=3),
+        key=jax.random.key(0),
+    )  # fmt: skip
+    assert (report.displacement > 1e-6).all()
+    assert (report.displacement < 1e-3).all()
+    assert report.lipschitz.max() <= lipschitz * 1.05
+    still = cropd.bound_report(
+        defended, variables, x, np.zeros(20, np.int32), attack=attacks.linf_pgd(0.0, steps=1),
+        key=jax.random.key(0),
+    )  # fmt: skip
+    assert not still.displacement.any()
+    assert not still.lipschitz.any()
+    np.testing.assert_allclose(still.bound, still.clean_loss)
 
 
 def test_measured_along_the_attack_the_lipschitz_constant_is_below_the_true_one():

@@ -1,6 +1,7 @@
 """CRoPD: a robust auto-encoder in front of a frozen foundation model that training never sees.
 
-    objective = cropd.robust_autoencoder(linf_pgd(8 / 255, steps=10))
+    autoencoder = models.autoencoder(shape)
+    objective = cropd.recommended(eps=4 / 255)  # or robust_autoencoder(attack): as published
     step = training.train_step(autoencoder, optimizer, objective)
     ...
     defended = models.defend(autoencoder, (96, 96), foundation, head=classes)
@@ -12,7 +13,7 @@ Source: CRoPD (arXiv:2504.10850).
 
 from jaxrobust.cropd.bound import BoundReport, bound_report
 from jaxrobust.cropd.heads import features, fit_head
-from jaxrobust.cropd.objective import AIMS, FORMS, Weights, robust_autoencoder
+from jaxrobust.cropd.objective import AIMS, FORMS, Weights, recommended, robust_autoencoder
 
 __all__ = [
     "AIMS",
@@ -22,5 +23,6 @@ __all__ = [
     "bound_report",
     "features",
     "fit_head",
+    "recommended",
     "robust_autoencoder",
 ]

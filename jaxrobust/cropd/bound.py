@@ -29,9 +29,10 @@ class BoundReport(NamedTuple):
         clean_loss: [n] cross entropy of the images as they are, in nats.
         adversarial_loss: [n] cross entropy under the attack: the left-hand side.
         cosine: [n] s, of attacked and clean code.
-        displacement: [n] sqrt(2 (1 - s)), the distance of the two normalised codes.
+        displacement: [n] sqrt(2 (1 - s)), measured as the distance of the two normalised codes.
         head: [n] K, the largest |w_j - w_y| over the classes j.
-        lipschitz: [n] L, |features' - features| / displacement, or what was given.
+        lipschitz: [n] L, |features' - features| / displacement, or what was given; 0 where the
+            code did not move.
         bound: [n] the right-hand side.
     """
 
@@ -107,12 +108,11 @@ def bound_report(
         x_adv = attack(loss_fn, x, keys[rows], args=(variables, y))
         parts.append(_terms(look(variables, x), look(variables, x_adv), y))
     stacked = [np.concatenate(column)[: len(images)] for column in zip(*parts, strict=True)]
-    clean, adversarial, cosine, moved = stacked
+    clean, adversarial, cosine, displacement, moved = stacked
     kernel = np.asarray(variables["params"]["head"]["kernel"], np.float64)
     apart = np.linalg.norm(kernel[:, :, None] - kernel[:, None, :], axis=0)
     head = apart.max(0)[labels]
-    displacement = np.sqrt(2 * np.maximum(1 - cosine, 0))
-    steep = moved / np.where(displacement > 0, displacement, 1)
+    steep = np.divide(moved, displacement, out=np.zeros_like(moved), where=displacement > 0)
     if lipschitz is not None:
         steep = np.full(len(images), float(lipschitz))
     bound = clean + head * steep * displacement
@@ -126,8 +126,11 @@ def _look(defended, variables, x, taps):
 
 
 def _terms(clean, adversarial, labels: Int[Array, " b"]):
-    """[b] each: both losses, the cosine, and how far the features moved; in float64 at the end."""
+    """[b] each: both losses, the cosine, and how far the unit code and the features moved."""
     before, after = (losses.cross_entropy(logits, labels) for logits in (clean[0], adversarial[0]))
-    cosine = (losses.unit_rows(clean[1]) * losses.unit_rows(adversarial[1])).sum(1)
+    here, there = losses.unit_rows(clean[1]), losses.unit_rows(adversarial[1])
+    # Not from the cosine, which float32 rounds to 1 long before the codes are equal.
+    apart = jnp.linalg.norm(there - here, axis=1)
     moved = jnp.linalg.norm(adversarial[2] - clean[2], axis=1)
-    return [np.asarray(values, np.float64) for values in (before, after, cosine, moved)]
+    terms = before, after, (here * there).sum(1), apart, moved
+    return [np.asarray(values, np.float64) for values in terms]

@@ -1,7 +1,7 @@
 """The features that a linear head on a defended model sees; `fit_head` then trains the head."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,7 +35,8 @@ def features(
         variables: its variables; a head is not looked at.
         images: [n, h, w, c] float32 in [0, 1].
         batch_size: images at a time, rounded up to a multiple of the devices.
-        mesh: spreads each batch over devices; one device by default.
+        mesh: this process's devices, over which a batch is spread; one device by default. With
+            several processes each one looks at its share, and all get all features.
         progress: show a progress bar.
 
     Returns:
@@ -48,16 +49,29 @@ def features(
     if defended.config.get("name") != "defended":
         raise ValueError(f"defended must be made by models.defend, got {defended.config}")
     images = check_images(images)
-    devices = 1 if mesh is None else mesh.size
-    size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
-    place = jax.device_put if mesh is None else lambda x: parallel.shard_batch(x, mesh)
+    count, devices = len(images), 1 if mesh is None else mesh.size
+    share = -(-count // jax.process_count())
+    first = share * jax.process_index()
+    size = -(-min(batch_size, max(share, 1)) // devices) * devices
+    # By way of the host: what lies on the devices of all processes fits no local batch.
+    variables = parallel.replicate(jax.tree.map(np.asarray, variables), mesh)
     found = []
-    for start in tqdm(range(0, len(images), size), "features", disable=not progress):
-        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
-        found.append(np.asarray(_run(Features(defended), variables, place(images[rows]))))
-    return np.concatenate(found)[: len(images)]
+    for start in tqdm(range(first, first + share, size), "features", disable=not progress):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        found.append(np.asarray(_run(_Look(Features(defended)), mesh, variables, images[rows])))
+    return parallel.from_all_processes(np.concatenate(found)[:share])[:count]
 
 
-@partial(jax.jit, static_argnums=0)
-def _run(features, variables, x):
-    return features(variables, x)
+class _Look(NamedTuple):
+    """What is compiled for."""
+
+    features: Features
+
+    def __call__(self, variables: Any, x: jax.Array, axis_name: str | None) -> jax.Array:
+        """[b, d] features."""
+        return self.features(variables, x)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(look, mesh, variables, x):
+    return parallel.map_examples(look, mesh)(variables, x)

@@ -203,7 +203,7 @@ def autoencoder(
     patch: int = 1,
     latent_channels: int = 32,
     latent: str = "flat",
-    latent_norm: bool = False,
+    latent_norm: bool = True,
     output: str = "sigmoid",
     activation: str = "silu",
     norm: str = "group",
@@ -223,7 +223,8 @@ def autoencoder(
             both halves take between a quarter and a half of the operations that they take at 1.
         latent_channels: channels of the latent map.
         latent: "flat" [b, d] or "spatial" [b, h', w', latent_channels]; d = h' w' latent_channels.
-        latent_norm: scale every latent to norm sqrt(d), so that cosine and distance say the same.
+        latent_norm: scale every latent to norm sqrt(d), so that cosine and distance say the same;
+            without it what CRoPD's cosines do not see passes by in the latent's length.
         output: "sigmoid" or "linear".
         activation: "relu", "silu", "gelu" or "tanh".
         norm: "group" (per example: clean and attacked inputs do not share statistics), "batch" or

@@ -46,8 +46,9 @@ def defend(
             foundation's own answer ("swap-in").
         tap: the foundation's activation that a new head stands on; averaged over pixels if it is
             [b, h, w, d].
-        frozen: parts that stand still in training: they run in inference mode, with BatchNorm's
-            statistics as they are, and no gradient reaches their parameters.
+        frozen: parts that stand still in `training.train_step`: they run in inference mode and
+            float32, with BatchNorm's statistics as they are, and neither a gradient nor weight
+            decay moves their parameters.
 
     Returns:
         A Model. Its variables hold those of its parts under their names ("params" ->
@@ -91,10 +92,15 @@ def join(**parts: Variables | None) -> dict[str, dict[str, Any]]:
             None or left out where the model has no such part.
 
     Raises:
-        ValueError: a name that is no part.
+        ValueError: a name that is no part, or variables without "params".
     """
-    for name in parts:
+    for name, variables in parts.items():
         check_choice("parts", name, PARTS)
+        if variables is not None and "params" not in variables:
+            raise ValueError(
+                f'{name} must be variables, {{"params": ..., "batch_stats": ...}}, got a dict of '
+                f"{', '.join(map(str, variables)) or 'nothing'}"
+            )
     held = {name: variables for name, variables in parts.items() if variables is not None}
     return {
         kind: {name: variables.get(kind, {}) for name, variables in held.items()} for kind in _KINDS
@@ -246,7 +252,13 @@ def _compose(
         if own["bias"].shape != (parts.head,):
             raise ValueError(f"head must have {parts.head} classes, got {own['bias'].shape[0]}")
         own = jax.lax.stop_gradient(own) if _HEAD in parts.frozen else own
-        logits = flat(found[parts.tap]) @ own["kernel"] + own["bias"]
+        features = flat(found[parts.tap])
+        if own["kernel"].shape != (features.shape[1], parts.head):
+            raise ValueError(
+                f"head must have a kernel {(features.shape[1], parts.head)} for the features "
+                f"{parts.tap!r}, got {own['kernel'].shape}"
+            )
+        logits = features @ own["kernel"] + own["bias"]
     for name in taps:
         check_choice("taps", name, tuple(values))
     return logits, {name: values[name] for name in taps}

@@ -31,6 +31,9 @@ def train_step(
 ) -> Step:
     """Builds the per-device step; `parallel.data_parallel` runs it on all devices.
 
+    Parts that a defended model calls frozen stay as they are, whatever the optimizer does to
+    weights without a gradient.
+
     Args:
         model: its `apply` is attacked, its `train` is trained.
         optimizer: any optax transformation.
@@ -38,7 +41,8 @@ def train_step(
         augment: (keys [b], images) -> images, on the device, before the attack. Where batches
             have salience maps: (keys, images, maps) -> (images, maps), as those of `data` do.
         accumulate: the batch is worked off in so many parts and their gradients averaged: the
-            memory of a part, the update of the whole (BatchNorm sees the parts).
+            memory of a part, the update of the whole (but BatchNorm and losses that compare
+            examples, such as contrastive ones, see the parts).
         dtype: compute type of the training forward and backward, such as `jnp.bfloat16`; the
             attack always runs in float32.
         ema_decay: decay of the weights' moving average, in [0, 1), for a state made with
@@ -58,6 +62,8 @@ def train_step(
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
 
+    frozen = model.config.get("frozen", ())
+
     def step(state: TrainState, batch: dict, axis_name: str | None = None):
         run = lambda carry, part: _part_gradient(  # noqa: E731
             model, objective, augment, dtype, axis_name, state, carry, part
@@ -69,7 +75,7 @@ def train_step(
             carry, outs = jax.lax.scan(run, carry, _parts(batch, accumulate))
             gradients, metrics = jax.tree.map(lambda leaf: leaf.mean(0), outs)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
-        return _update(optimizer, ema_decay, state, carry, gradients), metrics
+        return _update(optimizer, ema_decay, frozen, state, carry, gradients), metrics
 
     return step
 
@@ -119,13 +125,22 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
     return (batch_stats, extra), (gradients, metrics)
 
 
-def _update(optimizer, ema_decay, state, carry, gradients):
+def _held(frozen, new, old):
+    """The new tree with the old one's frozen parts."""
+    return {**new, **{name: old[name] for name in frozen if name in old}} if frozen else new
+
+
+def _update(optimizer, ema_decay, frozen, state, carry, gradients):
     batch_stats, extra = carry
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # Weight decay moves what no gradient reaches.
+    params = _held(frozen, params, state.params)
     ema = state.ema
     if ema_decay is not None:
         if ema is None:
             raise ValueError("ema_decay needs a state with an EMA: create_state(..., ema=True)")
         ema = optax.incremental_update((params, batch_stats), ema, 1 - ema_decay)
+        # A mean of equal numbers differs from them by its rounding.
+        ema = tuple(_held(frozen, *parts) for parts in zip(ema, state.ema, strict=True))
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.key, extra)
