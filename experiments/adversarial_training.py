@@ -297,6 +297,7 @@ def evaluate(key: dict, config: Config, test, model, variables) -> dict[str, Any
         config.curve[key["threat"]],
         key=jax.random.key(18),
         batch_size=batch_size,
+        mesh=mesh,
         progress="curve",
     )
     return {

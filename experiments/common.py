@@ -93,6 +93,12 @@ def mesh_for(options: argparse.Namespace, batch_size: int) -> jax.sharding.Mesh:
     return parallel.data_mesh(None if jax.process_count() > 1 else count)
 
 
+def local_mesh(options: argparse.Namespace) -> jax.sharding.Mesh:
+    """This process's devices, or the asked-for ones: over them an evaluation is spread."""
+    alone = options.devices and jax.process_count() == 1
+    return parallel.data_mesh(options.devices if alone else jax.local_devices())
+
+
 @dataclasses.dataclass(frozen=True)
 class LogitsOf:
     """A network as attacks on classifiers call it; equal networks share what is compiled."""

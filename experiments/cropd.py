@@ -49,7 +49,7 @@ def build(key: dict, config: Config, world: World, options) -> Built:
 
     def make():
         begun = time.perf_counter()
-        head = fit_head(model, variables, config, world)
+        head = fit_head(model, variables, config, world, common.local_mesh(options))
         return head, {"head_seconds": round(time.perf_counter() - begun, 2)}
 
     head, taken = common.kept(folder, "head", make)
@@ -57,9 +57,9 @@ def build(key: dict, config: Config, world: World, options) -> Built:
     return Built(model, whole, {**costs, **taken})
 
 
-def fit_head(model, variables, config: Config, world: World) -> dict:
+def fit_head(model, variables, config: Config, world: World, mesh) -> dict:
     """A linear head on clean features, as the user of a foundation model would fit it."""
-    found = cropd.features(model, variables, world.train.images, batch_size=config.batch)
+    found = cropd.features(model, variables, world.train.images, batch_size=config.batch, mesh=mesh)
     return cropd.fit_head(found, world.train.labels, world.classes, decay=config.decay)
 
 
@@ -122,17 +122,19 @@ def rival(key, config: Config, world: World, options) -> Built:
     model = models.defend(None, world.size, world.foundation, world.classes, frozen=frozen)
     world, held_out = without_a_tenth(world)
     start = models.join(foundation=world.published)
-    start = models.join(foundation=world.published, head=fit_head(model, start, config, world))
+    mesh = common.local_mesh(options)
+    head = fit_head(model, start, config, world, mesh)
+    start = models.join(foundation=world.published, head=head)
     attack = jr.linf_pgd(world.problem.eps, steps=config.rival_steps)
     per_epoch = jr.data.steps_per_epoch(world.train, config.batch_size)
     ramp = optax.linear_schedule(0.0, 1.0, config.ramp_epochs * per_epoch)
     objective = training.adversarial(attack, eps_schedule=ramp)
 
     def validate(variables):
-        variables = jax.tree.map(np.asarray, variables)
+        variables = jr.parallel.replicate(jax.tree.map(np.asarray, variables), mesh)
         right = jr.evaluation.correct(
             model.apply, variables, held_out.images, held_out.labels, attack=attack,
-            key=jax.random.key(0), batch_size=config.batch,
+            key=jax.random.key(0), batch_size=config.batch, mesh=mesh,
         )  # fmt: skip
         return {"score": right.mean()}
 
@@ -284,8 +286,9 @@ def main(config: Config, options) -> None:
             built = build(key, config, worlds[name], options)
             near = neighbours(key, config, worlds[name], options)
             metrics = cropd_evaluation.evaluate(
-                key, config, worlds[name], built, near, common.run_folder(options, config, key)
-            )
+                key, config, worlds[name], built, near, common.run_folder(options, config, key),
+                common.local_mesh(options),
+            )  # fmt: skip
             results.add(key, {**metrics, **built.costs}, time.monotonic() - begun)
     plots_cropd.frontier(path)
     plots_cropd.bound(path)

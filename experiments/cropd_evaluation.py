@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import jaxrobust as jr
 from experiments import common
@@ -33,7 +34,13 @@ class Attack(NamedTuple):
 
 
 def evaluate(
-    key: dict, config: Config, world: World, built: Built, near: dict[str, Built], folder: Path
+    key: dict,
+    config: Config,
+    world: World,
+    built: Built,
+    near: dict[str, Built],
+    folder: Path,
+    mesh: Mesh,
 ) -> dict[str, Any]:
     """Accuracies of a defended model, each under the name of what attacked it.
 
@@ -44,19 +51,27 @@ def evaluate(
         built: the model.
         near: other models, by name, whose adversarial images are tried on it.
         folder: where the suite keeps its state.
+        mesh: this process's devices, which share the batches.
     """
-    # What came from a file lies on the host, and would be sent again with every call.
-    built = built._replace(variables=jax.device_put(built.variables))
+
+    def placed(one: Built) -> Built:
+        # What came from a file lies on the host, and would be sent again with every call.
+        host = jax.tree.map(np.asarray, one.variables)
+        return one._replace(variables=jr.parallel.replicate(host, mesh))
+
+    built, near = placed(built), {name: placed(one) for name, one in near.items()}
     model, variables, _ = built
     few, eps = world.test.take(slice(config.attacked_images)), world.problem.eps
-    correct = partial(jr.evaluation.correct, model.apply, variables, batch_size=config.batch)
+    correct = partial(
+        jr.evaluation.correct, model.apply, variables, batch_size=config.batch, mesh=mesh
+    )
     attack, grid = jr.linf_pgd(eps, steps=config.pgd_steps), (0.0, eps / 2, eps, 2 * eps)
     curve = jr.evaluation.accuracy_curve(
         model.apply, variables, few.images, few.labels, attack, grid, key=jax.random.key(17),
-        batch_size=config.batch, progress="PGD",
+        batch_size=config.batch, mesh=mesh, progress="PGD",
     )  # fmt: skip
     bare = near.get("none", built)
-    blind = in_batches(against(bare, attack), few, np.arange(len(few.labels)), config, 18)
+    blind = in_batches(against(bare, attack), few, np.arange(len(few.labels)), config, mesh, 18)
     found = {
         "clean_accuracy": float(correct(world.test.images, world.test.labels).mean()),
         "grid": list(grid[1:]),
@@ -68,19 +83,19 @@ def evaluate(
     }
     sigma = config.methods[key["method"]].sigma
     if sigma:
-        found |= certified(model, variables, few, sigma, config)
+        found |= certified(model, variables, few, sigma, config, mesh)
     if has_code(model):
         report = cropd.bound_report(
             model, variables, few.images, few.labels, attack=attack, key=jax.random.key(21),
-            batch_size=config.batch,
+            batch_size=config.batch, mesh=mesh,
         )  # fmt: skip
         found["bound"] = report.means
     if world.problem.judged and key["method"] in config.final:
-        found |= worst_case(config, world, built, near, attack, folder)
+        found |= worst_case(config, world, built, near, attack, folder, mesh)
     return found
 
 
-def worst_case(config, world, built, near, attack, folder) -> dict[str, Any]:
+def worst_case(config, world, built, near, attack, folder, mesh) -> dict[str, Any]:
     """The standard suite, then what knows the defence, on whatever still stands."""
     model, variables, _ = built
     few, eps = world.test.take(slice(config.attacked_images)), world.problem.eps
@@ -88,7 +103,7 @@ def worst_case(config, world, built, near, attack, folder) -> dict[str, Any]:
     report = jr.evaluate(
         common.LogitsOf(model.apply), few.images, few.labels, threats={"linf": eps},
         key=jax.random.key(19), suite=suite, args=(variables,), batch_size=config.batch,
-        card_images=config.batch, curve_images=config.batch, out=folder,
+        card_images=config.batch, curve_images=config.batch, out=folder, mesh=mesh,
     )  # fmt: skip
     threat = report.threats["linf"]
     standing = np.array(threat.robust, bool)
@@ -96,9 +111,9 @@ def worst_case(config, world, built, near, attack, folder) -> dict[str, Any]:
     for number, found in enumerate(adaptive(world, built, near, attack, few), 20):
         rows = np.flatnonzero(standing)
         if len(rows):
-            x_adv = in_batches(found.run, few, rows, config, number, *found.columns)
+            x_adv = in_batches(found.run, few, rows, config, mesh, number, *found.columns)
             right = jr.evaluation.correct(
-                model.apply, variables, x_adv, few.labels[rows], batch_size=config.batch
+                model.apply, variables, x_adv, few.labels[rows], batch_size=config.batch, mesh=mesh
             )
             standing[rows[~right]] = False
         after[found.name] = float(standing.mean())
@@ -152,12 +167,12 @@ def against(source: Built, attack) -> Callable[..., jax.Array]:
     return lambda x, y, keys: attack(loss_fn, x, keys, args=(source.variables, y))
 
 
-def certified(model, variables, few, sigma: float, config: Config) -> dict[str, Any]:
+def certified(model, variables, few, sigma: float, config: Config, mesh) -> dict[str, Any]:
     """Denoised smoothing (Salman et al. 2020): accuracy that holds for sure within l2 radii."""
     certificate = smoothing.certify(
         common.LogitsOf(model.apply), few.images, jax.random.key(22), sigma=sigma,
         samples=config.certify_samples, args=(variables,), batch_size=config.batch,
-        progress="certify",
+        mesh=mesh, progress="certify",
     )  # fmt: skip
     accuracy = smoothing.certified_accuracy(certificate, few.labels, RADII)
     return {"radii": list(RADII), "certified_accuracy": [float(value) for value in accuracy]}
@@ -193,17 +208,21 @@ class Through(NamedTuple):
         return jr.losses.cross_entropy(self.apply(bare, self.through(x, variables)), labels)
 
 
-def in_batches(run, examples, rows, config: Config, number: int, *columns) -> np.ndarray:
+def in_batches(
+    run, examples, rows, config: Config, mesh: Mesh, number: int, *columns
+) -> np.ndarray:
     """run(x, labels, keys, *columns) on some rows of a set, in batches of one shape.
 
     An example's key is its own, whichever others are attacked with it.
     """
     keys = attacks.example_keys(jax.random.key(number), len(examples.labels))
-    parts = []
-    for start in range(0, len(rows), config.batch):
-        chosen = rows[np.minimum(np.arange(start, start + config.batch), len(rows) - 1)]
-        batch = (column[chosen] for column in (examples.images, examples.labels, keys, *columns))
-        parts.append(np.asarray(run(*map(jnp.asarray, batch))))
+    parts, size = [], -(-config.batch // mesh.size) * mesh.size
+    for start in range(0, len(rows), size):
+        chosen = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+        batch = tuple(
+            column[chosen] for column in (examples.images, examples.labels, keys, *columns)
+        )
+        parts.append(np.asarray(run(*jr.parallel.shard_batch(batch, mesh))))
     return np.concatenate(parts)[: len(rows)]
 
 

@@ -31,6 +31,7 @@ PROBLEM = Problem(dataset="none", eps=EPS, widths=(8,), latent_channels=2)
 FOUNDATION = models.preact_resnet(stages=(1,), widths=(8,), classes=5, norm="batch")
 WORLD = World(PROBLEM, TEST, TEST, FOUNDATION, {}, (8, 8, 3))
 ATTACK = jr.linf_pgd(EPS, steps=2)
+MESH = jr.parallel.data_mesh(2)
 
 
 def built(front, seed):
@@ -69,7 +70,7 @@ def test_every_attack_stays_in_the_ball_and_does_not_depend_on_who_else_is_there
     some = np.array([1, 4, 5, 8, 9])
     for one in cropd_evaluation.adaptive(WORLD, ours, near, ATTACK, TEST):
         run = lambda rows, one=one: cropd_evaluation.in_batches(  # noqa: E731
-            one.run, TEST, rows, CONFIG, 3, *one.columns
+            one.run, TEST, rows, CONFIG, MESH, 3, *one.columns
         )
         x_adv = run(np.arange(COUNT))
         assert x_adv.shape == TEST.images.shape
@@ -107,7 +108,7 @@ def test_each_attack_gains_on_its_own_aim_beyond_its_random_start(ours, near):
         reached, begun = (
             aim(
                 one.name,
-                cropd_evaluation.in_batches(it.run, TEST, everyone, CONFIG, 3, *it.columns),
+                cropd_evaluation.in_batches(it.run, TEST, everyone, CONFIG, MESH, 3, *it.columns),
             )
             for it in (one, noise)
         )
@@ -160,14 +161,14 @@ def test_the_worst_case_is_over_the_suite_and_all_that_know_the_defence(
     report = SimpleNamespace(threats={"linf": threat})
     monkeypatch.setattr(cropd_evaluation.jr, "evaluate", lambda *_, **__: report)
     monkeypatch.setattr(cropd_evaluation, "in_batches", in_batches)
-    found = cropd_evaluation.worst_case(CONFIG, world, ours, near, ATTACK, tmp_path)
+    found = cropd_evaluation.worst_case(CONFIG, world, ours, near, ATTACK, tmp_path, MESH)
 
     expected, rest = stood.copy(), list(seen)
     monkeypatch.undo()
     for number, one in enumerate(cropd_evaluation.adaptive(world, ours, near, ATTACK, test), 20):
         if expected.any():
             np.testing.assert_array_equal(rest.pop(0), np.flatnonzero(expected))
-        x_adv = original(one.run, test, np.arange(COUNT), CONFIG, number, *one.columns)
+        x_adv = original(one.run, test, np.arange(COUNT), CONFIG, MESH, number, *one.columns)
         expected &= np.asarray(
             jr.evaluation.correct(
                 ours.model.apply, ours.variables, x_adv, test.labels, batch_size=4
@@ -372,7 +373,7 @@ def test_every_kind_of_row_is_built_and_judged_from_nothing(kind, tmp_path):
         assert made.costs["parameters"] == CLASSES * 9
     near = experiment.neighbours(key, config, world, options)
     assert list(near) == ["none"]
-    found = cropd_evaluation.evaluate(key, config, world, made, near, tmp_path / "suite")
+    found = cropd_evaluation.evaluate(key, config, world, made, near, tmp_path / "suite", MESH)
     assert found["robust_accuracy"] <= found["pgd1_accuracy"][1] + 1e-9 <= 1
     assert ("certified_accuracy" in found) == (kind == "denoiser")
     assert ("bound" in found) == (kind in ("denoiser", "reported"))

@@ -263,6 +263,21 @@ def test_the_bound_holds_with_exact_constants_and_its_terms_are_right(seed):
     assert report.means["holds"] == 1
 
 
+def test_the_bound_is_the_same_on_any_number_of_devices():
+    defended, variables, _ = linear_world()
+    x = np.random.default_rng(1).random((20, 2, 3, 1), dtype=np.float32)
+
+    def report(**options):
+        return cropd.bound_report(
+            defended, variables, x, np.zeros(20, np.int32), attack=attacks.linf_pgd(0.2, steps=3),
+            key=jax.random.key(0), **options,
+        )  # fmt: skip
+
+    alone, many = report(), report(batch_size=5, mesh=parallel.data_mesh(8))
+    for ours, theirs in zip(many, alone, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_displacements_that_a_cosine_in_float32_does_not_show_are_measured():
     defended, variables, lipschitz = linear_world()
     x = np.random.default_rng(1).random((20, 2, 3, 1), dtype=np.float32)

@@ -100,6 +100,15 @@ def test_the_curve_equals_separate_attacks_and_the_closed_form():
     assert len(set(curve.sum(1))) > 3
 
 
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_the_curve_is_the_same_on_any_number_of_devices(devices):
+    arguments = (apply, VARIABLES, IMAGES, LABELS, PGD, EPS)
+    alone = evaluation.accuracy_curve(*arguments, key=KEY, batch_size=8)
+    mesh = parallel.data_mesh(devices)
+    many = evaluation.accuracy_curve(*arguments, key=KEY, batch_size=5, mesh=mesh)
+    np.testing.assert_array_equal(many, alone)
+
+
 def test_what_falls_at_one_radius_has_fallen_at_every_larger_one():
     def wavy(variables, x):
         return jnp.sin(40 * apply(variables, x))

@@ -9,8 +9,9 @@ import PIL.Image
 import pytest
 import scipy.optimize
 
-from jaxrobust import attacks, data, models
+from jaxrobust import attacks, data, models, parallel
 
+MESH = parallel.data_mesh(2)
 PHOTOS = data.foolbox_photos("cifar10").images[:4]
 
 
@@ -51,6 +52,12 @@ def smoothed_objective(z, x, weight):
     down = np.pad(z[1:] - z[:-1], ((0, 1), (0, 0)))
     right = np.pad(z[:, 1:] - z[:, :-1], ((0, 0), (0, 1)))
     return ((z - x) ** 2).sum() / 2 + weight * np.sqrt(down**2 + right**2 + 1e-12).sum()
+
+
+@pytest.mark.parametrize("model", [models.jpeg(50), models.total_variation(0.1)])
+def test_filters_run_on_many_devices(model):
+    run = jax.jit(parallel.map_examples(lambda _, x, axis: model.apply({}, x), MESH))
+    np.testing.assert_allclose(run({}, PHOTOS), model.apply({}, PHOTOS), atol=1e-6)
 
 
 def test_total_variation_reaches_the_minimum():

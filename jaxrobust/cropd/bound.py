@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxrobust import losses
+from jaxrobust import losses, parallel
 from jaxrobust.attacks.inputs import check_labels, example_keys
 from jaxrobust.data import check_images
 from jaxrobust.evaluation import LossOfModel
@@ -63,6 +64,7 @@ def bound_report(
     lipschitz: float | None = None,
     code: str = "latent",
     batch_size: int = 250,
+    mesh: Mesh | None = None,
 ) -> BoundReport:
     """Measures every term of the bound on a defended model with a linear head of its own.
 
@@ -78,7 +80,8 @@ def bound_report(
             None measures it along the attack, where the bound then holds by construction of L, and
             says how loose the other steps are.
         code: tap of the code in the pre-processor.
-        batch_size: images at a time.
+        batch_size: images at a time, rounded up to a multiple of the devices.
+        mesh: spreads each batch over devices; one device by default.
 
     Raises:
         ValueError: the model has no pre-processor or no head of its own, or its auto-encoder does
@@ -101,11 +104,14 @@ def bound_report(
     keys = example_keys(key, len(images))
     look = jax.jit(lambda variables, x: _look(defended, variables, x, taps))
     loss_fn = LossOfModel(defended.apply)
+    devices = 1 if mesh is None else mesh.size
+    size = -(-batch_size // devices) * devices
+    place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
     parts = []
-    for start in range(0, len(images), batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        x, y = jnp.asarray(images[rows]), jnp.asarray(labels[rows])
-        x_adv = attack(loss_fn, x, keys[rows], args=(variables, y))
+    for start in range(0, len(images), size):
+        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
+        x, y, own = place((images[rows], labels[rows], keys[rows]))
+        x_adv = attack(loss_fn, x, own, args=(variables, y))
         parts.append(_terms(look(variables, x), look(variables, x_adv), y))
     stacked = [np.concatenate(column)[: len(images)] for column in zip(*parts, strict=True)]
     clean, adversarial, cosine, displacement, moved = stacked

@@ -85,6 +85,7 @@ def accuracy_curve(
     *,
     key: jax.Array,
     batch_size: int = 250,
+    mesh: Mesh | None = None,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     progress: str | None = None,
 ) -> np.ndarray:
@@ -101,7 +102,9 @@ def accuracy_curve(
         attack: an attack value with an `eps`; a fixed `step_size` stays as it is.
         eps: the radii, rising; at 0 no attack is run.
         key: one typed key; example i draws from fold_in(key, i) at every radius.
-        batch_size: examples at a time; the last batch of a radius is filled up.
+        batch_size: examples at a time, rounded up to a multiple of the devices; the last batch of a
+            radius is filled up.
+        mesh: spreads each batch over devices; one device by default.
         bounds: the box in which the images are to lie; the attack has its own.
         progress: text of a progress bar, or None for none.
 
@@ -118,9 +121,12 @@ def accuracy_curve(
     if not len(eps) or min(eps) < 0:
         raise ValueError(f"eps must hold at least one radius, all >= 0, got {list(eps)}")
     count = len(labels)
-    batch_size = _batch_size(batch_size, count, 1)
+    batch_size = _batch_size(batch_size, count, mesh.size if mesh else 1)
     keys = example_keys(key, count)
-    standing = correct(apply, variables, images, labels, batch_size=batch_size, bounds=bounds)
+    place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
+    standing = correct(
+        apply, variables, images, labels, batch_size=batch_size, mesh=mesh, bounds=bounds
+    )
     curve = np.zeros((len(eps), count), bool)
     whole = len(eps) * count
     with tqdm(total=whole, desc=progress, unit="image", disable=progress is None) as bar:
@@ -128,7 +134,7 @@ def accuracy_curve(
             left, found = np.flatnonzero(standing) if radius else (), []
             for start in range(0, len(left), batch_size):
                 rows = left[np.minimum(np.arange(start, start + batch_size), len(left) - 1)]
-                batch = (images[rows], labels[rows], keys[rows])
+                batch = place((images[rows], labels[rows], keys[rows]))
                 right = _correct_at(apply, attack, np.float32(radius), variables, *batch)
                 found.append((rows, right))
                 bar.update(min(batch_size, len(left) - start))

@@ -141,9 +141,10 @@ def _total_variation(
         length = jnp.sqrt(jnp.maximum(jnp.square(moved).sum((0, 4), keepdims=True), 1))
         return moved / length
 
-    # A scan and not a loop without a tape: attacks differentiate through it.
-    dual = jnp.zeros((2, *x.shape), x.dtype)
-    dual = jax.lax.scan(lambda d, i: (ascend(i, d), None), dual, None, length=steps)[0]
+    # A scan and not a loop without a tape: attacks differentiate through it. The first step is
+    # apart, after which the carry differs by device wherever x does.
+    dual = ascend(None, jnp.zeros((2, *x.shape), x.dtype))
+    dual = jax.lax.scan(lambda d, i: (ascend(i, d), None), dual, None, length=steps - 1)[0]
     return jnp.clip(x - weight * _adjoint(dual), 0, 1)
 
 

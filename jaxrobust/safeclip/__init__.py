@@ -2,7 +2,9 @@
 
     poisoned, manifest = safeclip.targeted(pairs, ...)
     clip = models.clip(tower, vocabulary=tokenizer.vocabulary)
-    fitted = safeclip.fit(clip, safeclip.Recipe(), poisoned.images, tokens, views=views)
+    few = poisoned.take(thin(near_copies(thumbnails(poisoned.images)), most=5))
+    recipe = safeclip.recommended(batch_size=256)  # or Recipe(): as published, or official()
+    fitted = safeclip.fit(clip, recipe, few.images, tokens, views=views)
     safeclip.metrics.poison_success(...)
 
 Source: Yang et al. 2024, "Better Safe than Sorry" (arXiv:2310.05862).

@@ -63,7 +63,9 @@ def _thumbnails(images: Array, side: int) -> Array:
 def near_copies(rows: Any, *, cosine: float = 0.95) -> Int[np.ndarray, "n"]:
     """Groups of rows that are alike, directly or by way of others: connected components.
 
-    Every pair is compared, in blocks on the device; nothing is approximate.
+    Every pair is compared, in blocks on the device; nothing is approximate. Look at the size of the
+    largest group: pictures that differ little (blank ones, text on white) can form chains, and so
+    can an attacker's who wants a class thinned out. A higher cosine breaks them.
 
     Args:
         rows: [n, d] unit rows: of `thumbnails`, or embeddings of a network.
