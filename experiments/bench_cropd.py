@@ -29,7 +29,7 @@ from experiments import cropd_settings as settings
 from jaxrobust import models, training
 
 NAME = "bench_cropd"
-RIVAL = "aff"
+RIVAL, BARE = "aff", "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,6 @@ class Config:
     methods: tuple[str, ...] = (
         "recommended", "gaussian_dae", "autoencoder", "reported", "alf", RIVAL
     )  # fmt: skip
-    bare: str = "none"  # what the others' forward passes are compared with
     fronts: tuple[str, ...] = ("recommended", "jpeg", "total_variation")
     batches: tuple[int, ...] = (1, 64)
     repeats: int = 15
@@ -136,11 +135,8 @@ def forward_table(cells: list[Mapping[str, Any]]) -> str:
     for dataset, name in dict.fromkeys(key[:2] for key in of):
         line = [dataset, name]
         for batch in batches:
-            bare = next(
-                v for (where, _, size), v in of.items() if (where, size) == (dataset, batch)
-            )
-            took = of[dataset, name, batch]
-            line += [f"{took:.1f}", f"{took - bare:+.1f}" if took != bare else ""]
+            took, bare = of[dataset, name, batch], of[dataset, BARE, batch]
+            line += [f"{took:.1f}", "" if name == BARE else f"{took - bare:+.1f}"]
         rows.append(line)
     columns = [(f"ms, batch {batch}", "added") for batch in batches]
     header = ["set", "in front of the model", *(name for pair in columns for name in pair)]
@@ -203,8 +199,7 @@ def main(config: Config, options) -> None:
             key = {"dataset": dataset, "method": name}
             results.add(key, {**figures, **rows[name][1]}, time.monotonic() - begun)
         for batch in config.batches:
-            # The bare model first: the table's reader finds it there.
-            names = (config.bare, *config.fronts)
+            names = (BARE, *config.fronts)
             runs = {name: forward(name, config.preset, world, batch) for name in names}
             timed = timing.interleaved(runs, repeats=config.repeats, seconds=config.seconds)
             for name, figures in timed.items():

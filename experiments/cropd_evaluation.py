@@ -1,13 +1,11 @@
 """How the CRoPD experiment judges a defended model: as a whole, by attacks that know it."""
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -79,7 +77,6 @@ def evaluate(
         "nonadaptive_accuracy": float(correct(blind, few.labels).mean()),
         "images": len(few.labels),
         "outcomes": common.packed(curve),  # clean, then over the grid
-        **latency(model, variables, few.images, config),
     }
     sigma = config.methods[key["method"]].sigma
     if sigma:
@@ -217,26 +214,9 @@ def in_batches(
     """
     keys = attacks.example_keys(jax.random.key(number), len(examples.labels))
     parts, size = [], -(-config.batch // mesh.size) * mesh.size
-    for start in range(0, len(rows), size):
-        chosen = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+    for chosen in jr.parallel.filled(rows, size):
         batch = tuple(
             column[chosen] for column in (examples.images, examples.labels, keys, *columns)
         )
         parts.append(np.asarray(run(*jr.parallel.shard_batch(batch, mesh))))
     return np.concatenate(parts)[: len(rows)]
-
-
-def latency(model, variables, images, config: Config) -> dict[str, float]:
-    """Milliseconds of one forward pass at batch 1 and 64, median of repeats."""
-    run = jax.jit(model.apply)
-    found = {}
-    for size in (1, 64):
-        x = jnp.asarray(images[np.arange(size) % len(images)])
-        run(variables, x).block_until_ready()
-        times = []
-        for _ in range(config.latency_repeats):
-            begun = time.perf_counter()
-            run(variables, x).block_until_ready()
-            times.append(time.perf_counter() - begun)
-        found[f"milliseconds_batch_{size}"] = round(1e3 * float(np.median(times)), 3)
-    return found

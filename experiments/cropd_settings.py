@@ -143,7 +143,6 @@ class Config:
     suite_steps: int = 100
     suite_targets: int = 3
     batch: int = 50
-    latency_repeats: int = 20
     save_every: float = 30.0
 
 
@@ -158,7 +157,7 @@ PRESETS = {
         methods={name: METHODS[name] for name in ("none", "recommended")},
         final=("recommended",), seeds=(0,), epochs=1, attack_steps=1, rival_epochs=1,
         test_images=16, attacked_images=8, queries=10, suite_steps=2, suite_targets=1,
-        pgd_steps=2, certify_samples=20, latency_repeats=2, batch=16,
+        pgd_steps=2, certify_samples=20, batch=16,
     ),
     "quick": Config(
         problems={"emoji": PROBLEMS["emoji"]}, methods={name: METHODS[name] for name in QUICK},

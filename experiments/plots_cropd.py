@@ -56,7 +56,11 @@ def certificates(path: Path) -> str:
     """What randomized smoothing with a denoiser in front certifies; "" where it was not run."""
     record = read(path)
     rows = rows_of(record, "dataset", "method")
-    found = {key: cells for key, cells in rows.items() if "certified_accuracy" in cells[0]}
+    found = {
+        key: held
+        for key, cells in rows.items()
+        if (held := [cell for cell in cells if "certified_accuracy" in cell])
+    }
     lines = []
     for (dataset, method), cells in found.items():
         sigma = record["config"]["methods"][method]["sigma"]

@@ -100,7 +100,7 @@ def readme_table(path: Path) -> str:
 def choice(path: Path) -> str:
     """How each candidate fared against the canaries, the chosen one in bold; "" without any.
 
-    These are single changes of the published setting, so its ablations too.
+    The first of them change the published setting, one thing at a time: its ablations.
     """
     record = read(path)
     candidates, limit = record["config"].get("candidates", ()), record["config"].get("limit")
@@ -194,6 +194,8 @@ def verdict(path: Path) -> str:
         if attack in (CANARIES, NOTHING) or not bare:
             continue
         kind = "targeted" if "targeted" in next(iter(bare.values())) else "backdoor"
+        # Attacks that meet one seed alone would count there and not elsewhere.
+        counts = attack not in record["config"].get("single", ())
         works = min(share_of(cell, kind)["estimate"] for cell in bare.values()) >= ENOUGH
         for method in record["config"]["methods"]:
             cells = rows.get((attack, method))
@@ -202,7 +204,7 @@ def verdict(path: Path) -> str:
             shares = [share_of(cell, kind) for cell in cells.values()]
             rates = [share["estimate"] for share in shares]
             beside = [paired(cells, rivals) for rivals in (bare, unpoisoned)]
-            if works:
+            if works and counts:
                 together[method].append((attack, rates, beside))
             useful = [usefulness(trainings) for trainings in beside]
             judged = useful[1] or useful[0]

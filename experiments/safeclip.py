@@ -161,9 +161,10 @@ def trained(key: dict, config: Config, world: World, options) -> tuple[dict, dic
     """(variables, what training took and saw) of a cell, or of the run before that had it."""
     method, folder = method_of(key, config), common.run_folder(options, config, key)
     recipe = recipe_of(method, config)
+    poisoned, manifest = plant(key, config, world)
 
     def make():
-        pairs, manifest = plant(key, config, world)
+        pairs = poisoned
         manifest.save(folder / "manifest.json")
         taken, start = {"pairs": len(pairs.captions), "manifest": manifest.sha256}, None
         if method.copies:
@@ -191,7 +192,13 @@ def trained(key: dict, config: Config, world: World, options) -> tuple[dict, dic
         }
         return fitted.variables, taken
 
-    return common.kept(folder, "weights", make)
+    variables, taken = common.kept(folder, "weights", make)
+    if taken["manifest"] != manifest.sha256:
+        raise SystemExit(
+            f"{folder}: the network there was trained on other pairs: their manifest has SHA-256 "
+            f"{taken['manifest']}, that of the pairs now is {manifest.sha256}; move it away"
+        )
+    return variables, taken
 
 
 def views_of(method: Method, config: Config):
@@ -269,14 +276,7 @@ def run(key: dict, config: Config, world: World, results, options) -> dict[str, 
         own = {"setting": chosen(results.cells, config.candidates, config.limit)}
     key = {**key, "method": own.get("setting", key["method"])}
     variables, taken = trained(key, config, world, options)
-    folder = common.run_folder(options, config, key)
-    manifest = safeclip.manifest.load(folder / "manifest.json")
-    planted = plant(key, config, world)[1]
-    if manifest != planted:
-        raise SystemExit(
-            f"{folder}: the network there was trained on other pairs: its manifest has SHA-256 "
-            f"{manifest.sha256}, the pairs that there are now give {planted.sha256}; move it away"
-        )
+    manifest = safeclip.manifest.load(common.run_folder(options, config, key) / "manifest.json")
     judge = world.validation if key["attack"] == CANARIES else world.test
     clean = None
     if NOTHING in config.attacks and UNDEFENDED in config.methods:

@@ -36,9 +36,7 @@ def chosen(cells: Collection[dict], candidates: Collection[str], limit: float) -
 
 def stale(cells: Collection[dict], candidates: Collection[str], limit: float) -> set[str]:
     """Settings of recommended rows that canaries do not, or no longer, speak for."""
-    settings = {
-        cell["metrics"]["setting"] for cell in cells if cell["key"]["method"] == CHOSEN
-    }  # fmt: skip
+    settings = {c["metrics"]["setting"] for c in cells if c["key"]["method"] == CHOSEN}
     return settings - {chosen(cells, candidates, limit)}
 
 

@@ -8,7 +8,7 @@ them by `jax.shard_map`, by `jax.pmap`, or, with `axis_name=None`, from the glob
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -101,8 +101,8 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Spreads host arrays over a mesh along their first axis.
 
     Args:
-        batch: arrays [b, ...]; with several processes, each passes its own share of the global
-            batch, in the order of the processes.
+        batch: arrays [b, ...]; on a mesh of several processes, each passes its own share of the
+            global batch, in the order of the processes, without typed keys.
         mesh: where to.
 
     Returns:
@@ -115,7 +115,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     for leaf in jax.tree.leaves(batch):
         _check_divisible(leaf.shape[0], local)
     sharding = NamedSharding(mesh, P(AXIS))
-    if jax.process_count() == 1:
+    if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
@@ -123,8 +123,37 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Host arrays on every device of a mesh of this process, or on the default device."""
-    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, P()))
+    """Arrays, wherever they are, on every device of this process's mesh, or on the default one."""
+
+    def local(leaf):
+        # What lies on the devices of all processes gets to other devices by way of the host.
+        afar = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return np.asarray(leaf) if afar else leaf
+
+    where = None if mesh is None else NamedSharding(mesh, P())
+    return jax.device_put(jax.tree.map(local, tree), where)
+
+
+def own_rows(count: int) -> np.ndarray:
+    """Which of `count` rows this process works on: as many as every other, the last row repeated.
+
+    `all_rows` puts what came of them together.
+    """
+    share = -(-count // jax.process_count())
+    first = share * jax.process_index()
+    return np.minimum(np.arange(first, first + share), count - 1)
+
+
+def filled(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Rows in batches of one size, the last one filled up with the last row."""
+    for start in range(0, len(rows), size):
+        yield rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+
+
+def all_rows(parts: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """What all processes found, [count, ...], from this one's results for `filled(own_rows)`."""
+    share = -(-count // jax.process_count())
+    return from_all_processes(np.concatenate(parts)[:share])[:count]
 
 
 def create(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:

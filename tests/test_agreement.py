@@ -60,6 +60,17 @@ def test_eight_devices_give_the_scores_of_one(monkeypatch, count, at_once):
     np.testing.assert_allclose(found, agreement(images, captions), atol=1e-5)
 
 
+def test_at_one_copies_are_asked_too():
+    images, captions = RANDOM.normal(size=(2, 60, 6))
+    images[30:] = images[:30]
+    captions[30:] = captions[:30][::-1]
+    # Rounding puts a copy's cosine above 1 now and then.
+    expected = slow(images, captions, 3, 1.001)
+    found = agreement(images, captions, neighbours=3, alike=1.0)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert np.abs(agreement(images, captions, neighbours=3) - expected).max() > 0.1
+
+
 def test_wrong_captions_agree_least():
     images, captions = clusters()
     scores = agreement(images, captions)

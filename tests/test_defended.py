@@ -21,12 +21,16 @@ SIZE = (12, 10, 3)
 DEFENDED = models.defend(PREPROCESSOR, SIZE, FOUNDATION, CLASSES)
 
 
+def drawn():
+    made = DEFENDED.init(jax.random.key(0), SHAPE)
+    shape = made["params"]["head"]["kernel"].shape
+    made["params"]["head"]["kernel"] = jax.random.normal(jax.random.key(1), shape)
+    return made
+
+
 @pytest.fixture(scope="module")
 def variables():
-    made = DEFENDED.init(jax.random.key(0), SHAPE)
-    kernel = RANDOM.normal(size=made["params"]["head"]["kernel"].shape).astype(np.float32)
-    made["params"]["head"]["kernel"] = jnp.asarray(kernel)
-    return made
+    return drawn()
 
 
 def by_hand(variables, x):
@@ -265,6 +269,7 @@ def test_the_bound_holds_with_exact_constants_and_its_terms_are_right(seed):
 
 def test_the_bound_is_the_same_on_any_number_of_devices():
     defended, variables, _ = linear_world()
+    variables = jax.device_put(variables, jax.devices()[0])
     x = np.random.default_rng(1).random((20, 2, 3, 1), dtype=np.float32)
 
     def report(**options):

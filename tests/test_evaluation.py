@@ -105,8 +105,12 @@ def test_the_curve_is_the_same_on_any_number_of_devices(devices):
     arguments = (apply, VARIABLES, IMAGES, LABELS, PGD, EPS)
     alone = evaluation.accuracy_curve(*arguments, key=KEY, batch_size=8)
     mesh = parallel.data_mesh(devices)
-    many = evaluation.accuracy_curve(*arguments, key=KEY, batch_size=5, mesh=mesh)
+    # As it comes from training: on one device.
+    committed = (apply, jax.device_put(VARIABLES, jax.devices()[0]), *arguments[2:])
+    many = evaluation.accuracy_curve(*committed, key=KEY, batch_size=5, mesh=mesh)
     np.testing.assert_array_equal(many, alone)
+    found = evaluation.correct(*committed[:4], attack=PGD, key=KEY, batch_size=5, mesh=mesh)
+    np.testing.assert_array_equal(found, right(attack=PGD, key=KEY))
 
 
 def test_what_falls_at_one_radius_has_fallen_at_every_larger_one():

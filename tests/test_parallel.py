@@ -302,6 +302,18 @@ assert (jax.process_count(), jax.local_device_count()) == (2, 2)
 assert parallel.agreed(rank == 0) and not parallel.agreed(rank == 1)
 mesh = parallel.data_mesh()
 local = lambda batch: {name: leaf[8 * rank : 8 * rank + 8] for name, leaf in batch.items()}
+# On devices of its own a process needs no other one: keys, weights and rows.
+from tests import test_defended, test_evaluation
+own = parallel.data_mesh(jax.local_devices())
+everywhere = parallel.create(lambda: test_evaluation.VARIABLES, mesh)
+curve = test_evaluation.evaluation.accuracy_curve(
+    test_evaluation.apply, everywhere, test_evaluation.IMAGES, test_evaluation.LABELS,
+    test_evaluation.PGD, test_evaluation.EPS, key=test_evaluation.KEY, mesh=own,
+)
+(out / f"curve-{rank}.json").write_text(json.dumps(curve.tolist()))
+defended, variables = test_defended.DEFENDED, test_defended.drawn()
+found = test_defended.cropd.features(defended, variables, test_defended.IMAGES, mesh=own)
+(out / f"features-{rank}.json").write_text(json.dumps(found.tolist()))
 for mapping in parallel.MAPPINGS:
     run = test_training.three_steps("batch_norm", mapping, mesh, local)
     leaves = [leaf.tolist() for leaf in jax.tree.leaves(run)]
@@ -312,11 +324,12 @@ for epochs in (1, 2):
     fitted = test_fit.train(out / "run", devices=4, epochs=epochs, **often)
 weights = np.asarray(fitted.state.params["w"]).tolist()
 (out / f"fit-{rank}.json").write_text(json.dumps([fitted.history, weights]))
-sys.modules["jaxrobust.safeclip.fit"]._ASK_EVERY = 3
+# More than the steps of any pass.
+sys.modules["jaxrobust.safeclip.fit"]._ASK_EVERY = 9
 for name, changes in (("similarity", {}), ("agreement", test_safeclip_fit.AGREEING)):
     options = {"mesh": mesh, "directory": out / name, "save_every": [0.0, 1e9][rank]}
     recipe = test_safeclip_fit.recipe(epochs=4, **changes)
-    test_safeclip_fit.fit_until(4, recipe, **options)
+    test_safeclip_fit.fit_until(2, recipe, **options)
     found = test_safeclip_fit.fit(recipe, **options)
     safe = found.trust.safe.tolist()
     (out / f"{name}-{rank}.json").write_text(json.dumps([found.history, safe]))
@@ -325,7 +338,7 @@ for name, changes in (("similarity", {}), ("agreement", test_safeclip_fit.AGREEI
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    from tests import test_fit, test_safeclip_fit, test_training
+    from tests import test_defended, test_evaluation, test_fit, test_safeclip_fit, test_training
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -354,7 +367,16 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         name: test_safeclip_fit.fit(test_safeclip_fit.recipe(epochs=4, **changes))
         for name, changes in (("similarity", {}), ("agreement", test_safeclip_fit.AGREEING))
     }
+    curve = test_evaluation.evaluation.accuracy_curve(
+        test_evaluation.apply, test_evaluation.VARIABLES, test_evaluation.IMAGES,
+        test_evaluation.LABELS, test_evaluation.PGD, test_evaluation.EPS, key=test_evaluation.KEY,
+    )  # fmt: skip
+    variables = test_defended.drawn()
+    features = test_defended.by_hand(variables, test_defended.IMAGES)[1]
     for rank in range(2):
+        assert json.loads((tmp_path / f"curve-{rank}.json").read_text()) == curve.tolist()
+        got = json.loads((tmp_path / f"features-{rank}.json").read_text())
+        np.testing.assert_allclose(got, features, rtol=1e-4, atol=1e-6)
         for mapping in parallel.MAPPINGS:
             got = json.loads((tmp_path / f"{mapping}-{rank}.json").read_text())
             for leaf, other in zip(got, expected, strict=True):

@@ -331,13 +331,11 @@ def test_the_choice_is_shown_and_rows_of_another_setting_are_told(tmp_path):
 def test_weights_of_other_pairs_are_refused(tmp_path, world, monkeypatch):
     key = {"attack": "badnets", "method": "clip", "seed": 0}
     options = SimpleNamespace(runs=tmp_path, experiment="safeclip", preset="test")
-    monkeypatch.setattr(safeclip, "trained", lambda *_: ({}, {}))
-    folder = common.run_folder(options, CONFIG, key)
-    folder.mkdir(parents=True)
     _, other = safeclip.plant({**key, "seed": 1}, CONFIG, world)
-    other.save(folder / "manifest.json")
+    monkeypatch.setattr(common, "kept", lambda *_: ({}, {"manifest": other.sha256}))
     with pytest.raises(SystemExit, match=f"was trained on other pairs: .*{other.sha256}"):
-        safeclip.run(key, CONFIG, world, None, options)
+        safeclip.trained(key, CONFIG, world, options)
+    assert safeclip.trained({**key, "seed": 1}, CONFIG, world, options)[0] == {}
 
 
 def test_the_table_pools_counts_over_seeds_and_says_what_was_not_run(tmp_path):

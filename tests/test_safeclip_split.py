@@ -65,9 +65,20 @@ def test_conformal_weights_let_bad_pairs_in_no_more_often_than_promised():
     passed = (weights[unknown] >= 1 - alpha).mean()
     assert passed < alpha + 3 * np.sqrt(alpha / 2000)
     assert passed > 0.5 * alpha
-    assert not weights[known].any()
+    assert (weights[known] == -1).all()
     count = np.sum(scores[known] >= 0.2)
     np.testing.assert_allclose(weights[4000], 1 - (1 + count) / 2001)
+
+
+def test_pairs_that_are_known_to_be_bad_are_taken_last_whatever_is_believed():
+    scores, known = np.linspace(0, 1, 40), np.array([30, 35, 39])
+    weights = safeclip.conformal(known)(scores)
+    for count in (0, 20, 37):
+        assert not safeclip.largest(weights, scores, count)[known].any()
+    split = safeclip.first_split(weights, scores, threshold=2.0, fallback=0.5)
+    assert split.fallback
+    assert split.safe.sum() == 20
+    assert not split.safe[known].any()
 
 
 def test_the_first_split_takes_what_reaches_the_threshold():

@@ -107,9 +107,9 @@ def bound_report(
     devices = 1 if mesh is None else mesh.size
     size = -(-batch_size // devices) * devices
     place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
+    variables = parallel.replicate(variables, mesh)
     parts = []
-    for start in range(0, len(images), size):
-        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
+    for rows in parallel.filled(np.arange(len(images)), size):
         x, y, own = place((images[rows], labels[rows], keys[rows]))
         x_adv = attack(loss_fn, x, own, args=(variables, y))
         parts.append(_terms(look(variables, x), look(variables, x_adv), y))

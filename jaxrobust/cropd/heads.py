@@ -50,16 +50,15 @@ def features(
         raise ValueError(f"defended must be made by models.defend, got {defended.config}")
     images = check_images(images)
     count, devices = len(images), 1 if mesh is None else mesh.size
-    share = -(-count // jax.process_count())
-    first = share * jax.process_index()
-    size = -(-min(batch_size, max(share, 1)) // devices) * devices
-    # By way of the host: what lies on the devices of all processes fits no local batch.
-    variables = parallel.replicate(jax.tree.map(np.asarray, variables), mesh)
-    found = []
-    for start in tqdm(range(first, first + share, size), "features", disable=not progress):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        found.append(np.asarray(_run(_Look(Features(defended)), mesh, variables, images[rows])))
-    return parallel.from_all_processes(np.concatenate(found)[:share])[:count]
+    mine = parallel.own_rows(count)
+    size = -(-min(batch_size, len(mine)) // devices) * devices
+    batches = list(parallel.filled(mine, size))
+    variables, look = parallel.replicate(variables, mesh), _Look(Features(defended))
+    found = [
+        np.asarray(_run(look, mesh, variables, images[rows]))
+        for rows in tqdm(batches, "features", disable=not progress)
+    ]
+    return parallel.all_rows(found, count)
 
 
 class _Look(NamedTuple):

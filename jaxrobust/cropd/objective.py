@@ -128,9 +128,9 @@ def recommended(
 ) -> Objective:
     """Ours: rebuild the image from far outside the ball, after one noisy step in any direction.
 
-    With the defaults, of colour pictures at eps 4/255, an image is 32/255 away at the end of a step
-    that begins in noise of five times that. On grey digits at eps 0.1 `radius=2, noise=2,
-    start="uniform", aim="loss"` was best; other data wants a look at both.
+    With the defaults, of colour pictures at eps 4/255, the step is 32/255 long and begins in
+    Gaussian noise five times as wide; neither is cut back to a ball. On grey digits at eps 0.1
+    `radius=2, noise=2, start="uniform", aim="loss"` was best; other data wants a look at both.
 
     Args:
         eps: linf radius that is to be withstood, > 0.

@@ -65,9 +65,9 @@ def correct(
     keys = None if attack is None else example_keys(key, count)
     place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
     right = []
-    starts = range(0, count, batch_size)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
-        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+    variables = parallel.replicate(variables, mesh) if mesh else variables
+    batches = list(parallel.filled(np.arange(count), batch_size))
+    for rows in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
         x, y, free = place((images[rows], labels[rows], None if mask is None else mask[rows]))
         if attack is not None:
             x = attack(objective, x, keys[rows], mask=free, args=(variables, y))
@@ -124,6 +124,7 @@ def accuracy_curve(
     batch_size = _batch_size(batch_size, count, mesh.size if mesh else 1)
     keys = example_keys(key, count)
     place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
+    variables = parallel.replicate(variables, mesh) if mesh else variables
     standing = correct(
         apply, variables, images, labels, batch_size=batch_size, mesh=mesh, bounds=bounds
     )
@@ -131,13 +132,12 @@ def accuracy_curve(
     whole = len(eps) * count
     with tqdm(total=whole, desc=progress, unit="image", disable=progress is None) as bar:
         for row, radius in enumerate(eps):
-            left, found = np.flatnonzero(standing) if radius else (), []
-            for start in range(0, len(left), batch_size):
-                rows = left[np.minimum(np.arange(start, start + batch_size), len(left) - 1)]
+            left, found = np.flatnonzero(standing) if radius else np.array([], int), []
+            for rows in parallel.filled(left, batch_size):
                 batch = place((images[rows], labels[rows], keys[rows]))
                 right = _correct_at(apply, attack, np.float32(radius), variables, *batch)
                 found.append((rows, right))
-                bar.update(min(batch_size, len(left) - start))
+                bar.update(len(np.unique(rows)))
             # Not before: the next batch is under way while one is being computed.
             for rows, right in found:
                 standing[rows] = right

@@ -163,6 +163,7 @@ def auto_attack(
     if len(draws) > 1:
         raise ValueError(f"attacks must agree on draws of a random model, got {sorted(draws)}")
     slots = _slots(batch_size, mesh)
+    args = parallel.replicate(args, mesh) if mesh else args
     draws = draws.pop()
     correct, targets, logits = _clean_pass(
         logits_fn, images, labels, keys, args, draws, slots, mesh

@@ -70,7 +70,7 @@ def evaluate(
         curve_images: how many images the curve over eps is drawn from.
         card_images: how many images the report card's own attacks see.
         batch_size: examples at a time.
-        mesh: spreads AutoAttack's batches over devices.
+        mesh: spreads the batches of AutoAttack and of the curve over devices.
         out: a folder for the state of the evaluation, from which it goes on if it was stopped, the
             report as report.json, where matplotlib is installed its plot as report.png, and the
             adversarial images of each threat as NAME-x_adv.npy.
@@ -224,7 +224,7 @@ class _Subject(NamedTuple):
         apply = AsApply(self.logits_fn)
         held = accuracy_curve(
             apply, self.args, self.images[rows], self.labels[rows], attack, radii, key=key,
-            batch_size=self.batch_size, bounds=self.bounds,
+            batch_size=self.batch_size, mesh=self.mesh, bounds=self.bounds,
         )  # fmt: skip
         return {"eps": radii, "accuracy": held.mean(1).tolist()}
 

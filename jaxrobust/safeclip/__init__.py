@@ -3,7 +3,7 @@
     poisoned, manifest = safeclip.targeted(pairs, ...)
     clip = models.clip(tower, vocabulary=tokenizer.vocabulary)
     few = poisoned.take(thin(near_copies(thumbnails(poisoned.images)), most=5))
-    recipe = safeclip.recommended(batch_size=256)  # or Recipe(): as published, or official()
+    recipe = safeclip.recommended()  # or Recipe(): as published, or official()
     fitted = safeclip.fit(clip, recipe, few.images, tokens, views=views)
     safeclip.metrics.poison_success(...)
 

@@ -81,16 +81,14 @@ def _centred(embeddings: Array) -> Array:
 def _over(asked: "_Asked", near: Array, told: Array, mesh: Mesh | None) -> np.ndarray:
     """[n] mean similarity in one modality to those who are near in the other."""
     count, devices = len(near), 1 if mesh is None else mesh.size
-    share = -(-count // jax.process_count())
-    first = share * jax.process_index()
-    size = devices * max(1, min(-(-share // devices), _AT_ONCE // count))
+    mine = parallel.own_rows(count)
+    size = devices * max(1, min(-(-len(mine) // devices), _AT_ONCE // count))
     everyone = parallel.replicate((near, told), mesh)
-    found = []
-    for start in range(first, first + share, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        found.append(np.asarray(_block(asked, mesh, everyone, rows)))
-    mine = np.concatenate(found)[:share].astype(np.float64)
-    return parallel.from_all_processes(mine)[:count]
+    found = [
+        np.asarray(_block(asked, mesh, everyone, rows), np.float64)
+        for rows in parallel.filled(mine, size)
+    ]
+    return parallel.all_rows(found, count)
 
 
 class _Asked(NamedTuple):
@@ -103,7 +101,8 @@ class _Asked(NamedTuple):
         """[b] for some of the rows."""
         near, told = everyone
         closeness = jnp.matmul(near[rows], near.T, precision=jax.lax.Precision.HIGHEST)
-        closeness = jnp.where(closeness > self.alike, -jnp.inf, closeness)
+        if self.alike < 1:  # a copy's cosine is 1 up to rounding, above it too
+            closeness = jnp.where(closeness > self.alike, -jnp.inf, closeness)
         closeness = closeness.at[jnp.arange(len(rows)), rows].set(-jnp.inf)
         closeness, places = jax.lax.top_k(closeness, self.neighbours)
         is_asked = jnp.isfinite(closeness)

@@ -25,7 +25,7 @@ from jaxrobust.models import Clip
 from jaxrobust.safeclip.rates import safe_count
 from jaxrobust.safeclip.recipe import Recipe, passes
 from jaxrobust.safeclip.scoring import similarities
-from jaxrobust.safeclip.split import first_split, largest
+from jaxrobust.safeclip.split import first_split, fit_mixture, largest, most_similar
 from jaxrobust.safeclip.steps import Views, adamw, create_state, training_step
 from jaxrobust.training import TrainState
 
@@ -207,7 +207,8 @@ def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.A
     else:
         count = safe_count(recipe.fraction(loop["first"], epoch), len(scores))
         # Weights that were not believed do not say who comes next either.
-        safe = largest(scores if loop["fallback"] else weights, scores, count)
+        choose = most_similar if loop["fallback"] else largest
+        safe = choose(weights, scores, count)
     loop["split"] = epoch
     trust = Trust(*map(parallel.from_first_process, (scores, weights, safe)))
     if trust.safe.sum() < recipe.batch_size:
@@ -387,4 +388,7 @@ def _check(
     if recipe.scoring == "augmented" and views is None:
         raise ValueError("views must be given for scoring='augmented', got None")
     # Else a splitter that cannot work would say so after days of warm-up.
-    recipe.splitter(np.linspace(-1, 1, len(images)))
+    scores = np.linspace(-1, 1, len(images))
+    recipe.splitter(scores)
+    if recipe.bimodal:
+        fit_mixture(scores)

@@ -119,7 +119,7 @@ def backdoor(
         rate: number of poisons, or their share of the pairs.
         style: "dirty" or "consistent".
         pool: where dirty images come from, without those of the class; by default the training
-            set without earlier poisons.
+            set without poisons that were added to it.
         templates: as for `targeted`; for dirty poisons.
         seed: of the images and captions; the trigger has its own.
         canary: planted by the defender.
@@ -144,7 +144,8 @@ def backdoor(
     pool = pairs if pool is None else pool
     _check_fit(pairs, pool, "pool")
     random = _random(seed)
-    rows = _draw_images(pool, target, count, dirty, random)
+    own = pool is pairs
+    rows = _draw_images(pool, target, count, dirty, random, below=FIRST_ID if own else np.inf)
     chosen = pool.take(rows)
     sources = tuple(int(index) for index in chosen.indices)
     if dirty:
@@ -169,12 +170,12 @@ def _as_stored(images):
     return (np.round(np.clip(np.asarray(images), 0, 1) * 255) / 255).astype(np.float32)
 
 
-def _draw_images(pool, target, count, dirty, random):
-    """Rows of `count` different images, of the class or, if dirty, of all others."""
+def _draw_images(pool, target, count, dirty, random, below):
+    """Rows of `count` images with ids below, of the class or, if dirty, of all others."""
     fits = [
         row
         for row, index in enumerate(pool.indices)
-        if index < FIRST_ID and belongs(pool, row, target) != dirty
+        if index < below and belongs(pool, row, target) != dirty
     ]
     if len(fits) < count:
         what = "not of" if dirty else "of"

@@ -85,25 +85,16 @@ def _over(pairs: _Pairs, look: "_Look", variables, batch_size, mesh, progress) -
     check_steps(batch_size, "batch_size")
     count, devices = len(pairs.images), 1 if mesh is None else mesh.size
     keys = example_keys(pairs.key, count)
-    processes, mine = jax.process_count(), jax.process_index()
-    share, size = -(-count // processes), -(-batch_size // devices) * devices
-    chosen = np.minimum(np.arange(mine * share, (mine + 1) * share), count - 1)
-    # By way of the host: a network that lies on the devices of all processes fits no local batch.
-    variables = parallel.replicate(jax.tree.map(np.asarray, variables), mesh)
+    variables = parallel.replicate(variables, mesh)
+    batches = list(parallel.filled(parallel.own_rows(count), -(-batch_size // devices) * devices))
 
-    def read(start: int) -> tuple:
-        rows = chosen[np.minimum(np.arange(start, start + size), share - 1)]
+    def read(rows: np.ndarray) -> tuple:
         return np.asarray(pairs.images[rows]), pairs.tokens[rows], keys[rows]
 
-    starts = range(0, share, size)
-    batches = data.prefetch(map(read, starts))
-    bar = tqdm(batches, "scores", len(starts), disable=not progress, leave=False)
+    ready = data.prefetch(map(read, batches))
+    bar = tqdm(ready, "scores", len(batches), disable=not progress, leave=False)
     found = [jax.tree.map(np.asarray, _run(look, mesh, variables, batch)) for batch in bar]
-
-    def whole(*parts: np.ndarray) -> np.ndarray:
-        return parallel.from_all_processes(np.concatenate(parts)[:share])[:count]
-
-    return jax.tree.map(whole, *found)
+    return jax.tree.map(lambda *parts: parallel.all_rows(parts, count), *found)
 
 
 class _Look(NamedTuple):

@@ -1,7 +1,7 @@
 """Which pairs may be trusted: a similarity of image and caption turned into a split of the data.
 
-A splitter is a function scores [n] -> weights [n], the larger the safer; `first_split` and
-`largest` turn weights into the safe set.
+A splitter is a function scores [n] -> weights [n], the larger the safer, below 0 where a pair is
+known to be bad; `first_split` and `largest` turn weights into the safe set.
 """
 
 import functools
@@ -134,7 +134,7 @@ def by_rank(scores: Scores) -> Weights:
 def conformal(bad: Any) -> Callable[[Scores], Weights]:
     """The splitter with a promise: how few of known bad pairs are as similar as this one.
 
-    weight_i = 1 - (1 + #{j in bad : score_j >= score_i}) / (1 + m), and 0 for the known ones
+    weight_i = 1 - (1 + #{j in bad : score_j >= score_i}) / (1 + m), and -1 for the known ones
 
     With threshold = 1 - alpha, a bad pair that is exchangeable with the known ones enters the first
     safe set with probability alpha at most; no weight is above m / (1 + m). A safe set that grows
@@ -165,7 +165,7 @@ def _conformal_weights(rows: np.ndarray, scores: Scores) -> Weights:
     bad = np.sort(scores[rows])
     above = len(bad) - np.searchsorted(bad, scores, side="left")
     weights = 1 - (1 + above) / (1 + len(bad))
-    weights[rows] = 0
+    weights[rows] = -1  # below all others, however many are taken
     return weights
 
 
@@ -220,8 +220,12 @@ def first_split(
         reason = f"the scores do not have two modes: {low} and {high}"
     if not reason:
         return Split(safe)
-    scores = _checked(scores)
-    return Split(largest(scores, scores, int(fallback * len(scores))), reason)
+    return Split(most_similar(weights, scores, int(fallback * len(scores))), reason)
+
+
+def most_similar(weights: Weights, scores: Scores, count: int) -> Bool[np.ndarray, " n"]:
+    """Marks `count` pairs of the largest scores, but last those whose weight is below 0."""
+    return largest(np.where(np.asarray(weights) < 0, -np.inf, _checked(scores)), scores, count)
 
 
 def largest(weights: Weights, scores: Scores, count: int) -> Bool[np.ndarray, " n"]:
@@ -238,10 +242,10 @@ def largest(weights: Weights, scores: Scores, count: int) -> Bool[np.ndarray, " 
     return safe
 
 
-def _checked(scores: Any, least: int = 2) -> np.ndarray:
+def _checked(scores: Any) -> np.ndarray:
     scores = np.asarray(scores, np.float64)
-    if scores.ndim != 1 or len(scores) < least:
-        raise ValueError(f"scores must be [n] with n >= {least}, got shape {scores.shape}")
+    if scores.ndim != 1 or len(scores) < 2:
+        raise ValueError(f"scores must be [n] with n >= 2, got shape {scores.shape}")
     if not np.isfinite(scores).all():
         raise ValueError(f"scores must be finite, got {scores[~np.isfinite(scores)][0]}")
     return scores
