@@ -10,9 +10,11 @@ no device.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from jaxrobust import data, losses, safeclip
 
 NAME = "bench_safeclip"
 PLAIN, SEARCH = "clip", "search in both pools"
+README_POOL = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,12 @@ def table(cells: list[dict[str, Any]]) -> str:
         "state, MiB", "% of the unimodal step",
     ]  # fmt: skip
     return common.markdown(header, rows)
+
+
+def readme_table(path: Path) -> str:
+    """The rows of the pool that the authors give small sets."""
+    cells = json.loads(path.read_text())["cells"]
+    return table([cell for cell in cells if cell["key"]["pool"] == README_POOL])
 
 
 def main(config: Config, options) -> None:
