@@ -294,11 +294,11 @@ def usefulness_interval(found: Sequence[Trainings], draws: int = 10_000) -> np.n
 def histograms(path: Path) -> None:
     """Scores at the first split with the fitted mixture, one panel per attack.
 
-    Of the published method, which splits by that mixture; of another one where it was not run.
+    Of the published method, which splits by that mixture; of others only if it was not run at all.
     """
-    record = read(path)
+    cells = read(path)["cells"]
     found = {}
-    for cell in sorted(record["cells"], key=lambda cell: cell["key"]["method"] != PUBLISHED):
+    for cell in [c for c in cells if c["key"]["method"] == PUBLISHED] or cells:
         entry = next((e for e in cell["metrics"].get("history", []) if "histogram" in e), None)
         if entry and cell["key"]["attack"] not in found:
             found[cell["key"]["attack"]] = (cell["key"]["method"], entry["histogram"])
