@@ -224,7 +224,9 @@ def test_committed_results_follow_the_schema(path):
     keys = [json.dumps(cell["key"], sort_keys=True) for cell in record["cells"]]
     assert len(set(keys)) == len(keys) > 0
     for cell in record["cells"]:
-        assert set(cell) == {"key", "metrics", "seconds"}
+        # Older cells have no machine and commit of their own.
+        assert {"key", "metrics", "seconds"} <= set(cell)
+        assert set(cell) <= {"key", "metrics", "seconds", "device", "commit"}
         for name, value in cell["metrics"].items():
             if name.endswith("accuracy") and isinstance(value, float):
                 assert 0 <= value <= 1, f"{name} is a fraction"
@@ -248,6 +250,7 @@ def test_a_missing_cell_is_said_in_the_table(tmp_path):
         "train_seconds": 3.0,
     }
     results.add(key, metrics, 1.0)
+    assert results.cells[0]["device"] == json.loads(path.read_text())["device"]
     table = plots.training_table(path).splitlines()
     assert table[2] == "| linf 0.3 | Standard | 50.0 | 25.0 | 1 | 2 |"
     assert table[3].count("not run") == 4
