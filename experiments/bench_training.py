@@ -13,6 +13,7 @@ on one CPU's fake devices it shows the cost of splitting, not a speed-up.
 """
 
 import dataclasses
+import importlib.util
 import os
 import resource
 import subprocess
@@ -269,7 +270,8 @@ def main(config: Config, options) -> None:
                 f"{rate:7.1f} GFLOP/s  first {figures['first_seconds']:.1f} s",
                 flush=True,
             )
-        for library in ("jaxrobust", "torch") if config.peers else ("jaxrobust",):
+        peers = ("torch",) if config.peers and importlib.util.find_spec("torch") else ()
+        for library in ("jaxrobust", *peers):
             memory = memory_in_own_process(name, options.preset, library)
             key = {"memory": library, "model": name, "batch": config.batch[name]}
             results.add(key, {"bytes": memory}, 0.0)
