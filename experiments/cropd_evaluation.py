@@ -54,8 +54,7 @@ def evaluate(
 
     def placed(one: Built) -> Built:
         # What came from a file lies on the host, and would be sent again with every call.
-        host = jax.tree.map(np.asarray, one.variables)
-        return one._replace(variables=jr.parallel.replicate(host, mesh))
+        return one._replace(variables=jr.parallel.replicate(one.variables, mesh))
 
     built, near = placed(built), {name: placed(one) for name, one in near.items()}
     model, variables, _ = built
