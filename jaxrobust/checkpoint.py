@@ -29,6 +29,7 @@ from jaxrobust.weights import load_weights, read_metadata, save_weights
 __all__ = [
     "CheckpointError",
     "atomic_write",
+    "digest",
     "latest_step",
     "load_weights",
     "read_metadata",
@@ -66,7 +67,8 @@ def save(
     Raises:
         CheckpointError: `directory` holds something else, a checkpoint of another model, a damaged
             one, or a step that is not older. Nothing is written or deleted then.
-        TypeError: a leaf of `state` is not an array, or `loop` is not JSON.
+        TypeError: a leaf of `state` is not an array or of 64 bits where JAX has 32, or `loop` is
+            not JSON (tuples come back as lists).
         ValueError: `step` < 0 or `keep` < 1.
     """
     directory = Path(os.path.abspath(directory))
@@ -139,6 +141,16 @@ def latest_step(directory: str | os.PathLike) -> int | None:
     return steps[-1] if steps else None
 
 
+def digest(tree: Any) -> str:
+    """SHA-256 of a tree of arrays, in hexadecimal: of names, shapes, dtypes and contents."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype.str}{leaf.shape}".encode())
+        found.update(leaf)
+    return found.hexdigest()
+
+
 def _steps(directory: Path) -> list[int]:
     """List the finished steps, ascending; an entry that `save` never makes is an error."""
     if not directory.exists():
@@ -205,6 +217,13 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
                 f"state must hold arrays only, got {type(leaf).__name__} at {name!r}; "
                 "Python values belong in loop"
             )
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            held = jax.dtypes.canonicalize_dtype(leaf.dtype)
+            if held != leaf.dtype:
+                raise TypeError(
+                    f"state must hold what JAX can, got {leaf.dtype} at {name!r}, which would come "
+                    f"back as {held}: convert it, or enable jax_enable_x64"
+                )
         if name in leaves:
             raise ValueError(f"state must have one leaf per name, got two at {name!r}")
         leaves[name] = leaf
@@ -221,11 +240,23 @@ def _checked_loop(loop: dict[str, Any] | None) -> dict[str, Any]:
     """Return `loop` as JSON will give it back; anything that would not survive is an error."""
     loop = {} if loop is None else loop
     try:
+        _check_names(loop)
         return json.loads(json.dumps(loop))
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"loop must be JSON-able (use int(), float(), .tolist()): {error}"
         ) from error
+
+
+def _check_names(value: Any) -> None:
+    """Refuses names that JSON would turn into strings."""
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                raise TypeError(f"names must be strings, got {name!r}")
+    if isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_names(part)
 
 
 def _files(path: Path) -> list[str]:

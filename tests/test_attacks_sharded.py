@@ -1,8 +1,8 @@
 """Attacks on eight devices equal attacks on one, example by example."""
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,7 +59,7 @@ def mesh():
 
 
 def assert_same(ours, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, expected)
+    chex.assert_trees_all_close(ours, expected, atol=1e-6)
 
 
 def test_inside_shard_map_attacks_equal_one_device(mesh):

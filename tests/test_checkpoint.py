@@ -281,8 +281,10 @@ def test_an_older_or_equal_step_never_replaces_a_checkpoint(tmp_path, step):
         ({"state": {}}, TypeError, "at least one array"),
         ({"state": {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}}, ValueError, "two at 'a/b'"),
         ({"loop": {"best": jnp.ones(1)}}, TypeError, "loop must be JSON-able"),
+        ({"loop": {"a": [{1: "one"}]}}, TypeError, "names must be strings, got 1"),
+        ({"state": {"n": np.array([2**40])}}, TypeError, "int64 at 'n', .* back as int32"),
     ],
-    ids=["step", "keep", "leaf", "empty", "names", "loop"],
+    ids=["step", "keep", "leaf", "empty", "names", "loop", "numbered", "wide"],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changes, error, message):
     arguments = {"step": 1, "state": {"a": jnp.ones(1)}} | changes

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,7 +130,7 @@ def test_batch_statistics_are_those_of_the_global_batch(devices):
             check_vma=True,
         )
     )(variables, X, TOKENS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, mapped)
+    chex.assert_trees_all_close(whole, mapped, rtol=1e-4, atol=1e-5)
     moved = jax.tree.map(
         lambda a, b: float(jnp.abs(a - b).max()), variables["batch_stats"], whole[2]
     )

@@ -76,6 +76,14 @@ def test_a_safetensors_file_gives_the_same_arrays(tmp_path):
         np.testing.assert_array_equal(found[name], array)
 
 
+def test_a_key_of_a_safetensors_file_is_what_its_names_begin_with(tmp_path):
+    one, two = np.float32([1, 2]), np.float32([3])
+    save_file({"model.a": one, "ema.a": two, "emanate": one}, tmp_path / "w.safetensors")
+    np.testing.assert_array_equal(read_torch(tmp_path / "w.safetensors", "ema")["a"], two)
+    with pytest.raises(CheckpointError, match=r"key must be what names .* begin with, got 'other'"):
+        read_torch(tmp_path / "w.safetensors", "other")
+
+
 class Evil:
     """What a hostile file holds: unpickling it would call `function(*arguments)`."""
 

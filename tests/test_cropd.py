@@ -3,6 +3,7 @@
 import inspect
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,7 +222,7 @@ def plain_autoencoder():
 
 
 def same(tree, other):
-    jax.tree.map(np.testing.assert_array_equal, tree, other)
+    chex.assert_trees_all_equal(tree, other)
 
 
 def test_with_lambda_zero_it_is_a_plain_autoencoder_bit_for_bit():

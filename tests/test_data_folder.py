@@ -41,6 +41,15 @@ def test_a_folder_without_splits_is_its_own_training_split(folder):
     np.testing.assert_array_equal(direct.images, load_folder(folder, size=8).images)
 
 
+def test_splits_and_classes_may_be_links(folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "train").symlink_to(folder / "train", target_is_directory=True)
+    found, direct = load_folder(linked, size=8), load_folder(folder, size=8)
+    np.testing.assert_array_equal(found.images, direct.images)
+    assert found.indices.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_folder_streams_the_same_batches(folder):
     lazy, eager = source(f"folder:{folder}", size=8), load_folder(folder, size=8)
     for left, right in zip(batches(lazy, 2, seed=3), batches(eager, 2, seed=3), strict=True):

@@ -10,6 +10,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jaxrobust import attacks, checkpoint, cropd, losses, models, parallel, training
+from jaxrobust.training import linear_head
 
 SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 6
 RANDOM = np.random.default_rng(0)
@@ -153,8 +154,18 @@ def with_classes(variables, count):
         ("taps must be one of", lambda v: DEFENDED.apply(v, IMAGES, taps=("nothing",))),
         ("taps must be a tuple", lambda v: DEFENDED.apply(v, IMAGES, taps="resized")),
         (
-            "perturbations' parts must be",
+            "perturbations must name activations inside preprocessor or foundation",
             lambda v: DEFENDED.apply(v, IMAGES, perturbations={"latent": 0.0}),
+        ),
+        (
+            "inside foundation, such as 'foundation.features', got 'preprocessor.latent'",
+            lambda v: models.defend(None, SIZE, FOUNDATION).apply(
+                v, IMAGES, perturbations={"preprocessor.latent": 0.0}
+            ),
+        ),
+        (
+            "got 'foundation'",
+            lambda v: DEFENDED.apply(v, IMAGES, perturbations={"foundation": 0.0}),
         ),
         ("x must be float", lambda v: DEFENDED.apply(v, np.zeros((1, 8, 8, 1), np.uint8))),
         ("x must be \\[b, 8, 8, 1\\]", lambda v: DEFENDED.apply(v, np.zeros((1, 9, 8, 1)))),
@@ -211,10 +222,22 @@ def test_a_head_is_refused_what_does_not_fit():
         ("features must be", (good[0], good[1][:3], 2)),
         ("labels must lie in", (*good, 1)),
         ("decay must be", (*good, 2)),
+        ("features must be finite, 8 are not", (good[0] + np.nan, good[1], 2)),
+        ("classes must be", (*good, 0)),
     ):
         decay = {"decay": 0.0} if "decay" in message else {}
         with pytest.raises(ValueError, match=message):
             cropd.fit_head(*arguments, **decay)
+
+
+def test_a_head_that_is_not_at_its_optimum_says_so_and_another_compiles_nothing():
+    features = RANDOM.normal(size=(40, 3))
+    labels = features[:, 0] > 0
+    with pytest.warns(UserWarning, match="not at its optimum after 1 iterations"):
+        cropd.fit_head(features, np.int32(labels), 2, iterations=1)
+    before = linear_head._value_and_gradient._cache_size()
+    cropd.fit_head(features + 1, np.int32(~labels), 2, decay=0.3)
+    assert linear_head._value_and_gradient._cache_size() == before
 
 
 # ---- the bound, on a network whose constants are known ------------------------------------------
@@ -318,6 +341,15 @@ def test_a_bound_needs_a_preprocessor_and_a_head():
         cropd.bound_report(
             models.defend(None, None, FOUNDATION), {}, IMAGES, LABELS,
             attack=attacks.linf_pgd(0.1), key=jax.random.key(0),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"lipschitz": -1.0}])
+def test_a_bound_of_bad_numbers_is_refused(options, variables):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        cropd.bound_report(
+            DEFENDED, variables, IMAGES, LABELS,
+            attack=attacks.linf_pgd(0.1), key=jax.random.key(0), **options,
         )  # fmt: skip
 
 

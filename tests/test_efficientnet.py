@@ -4,6 +4,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,7 @@ def test_training_mode_moves_the_running_statistics_as_torch_does():
     after = weights(arrays) | weights(arrays, "after:", 1)
     expected = convert(after, model)["batch_stats"]
     assert jax.tree.structure(batch_stats) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), batch_stats, expected)
+    chex.assert_trees_all_close(batch_stats, expected, **TOLERANCE)
 
 
 def test_lite0_has_the_published_number_of_parameters():

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ from jaxrobust.training import (
     fit,
     learning_rate,
     read_metrics,
+    standard,
     train_step,
 )
 
@@ -86,7 +88,7 @@ def assert_same_run(fitted, expected, directory=None, expected_directory=None):
         (numbers(fitted.state), numbers(expected.state)),
         (fitted.variables, expected.variables),
     ):
-        jax.tree.map(np.testing.assert_array_equal, tree, other)
+        chex.assert_trees_all_equal(tree, other)
     assert fitted.history == expected.history
     assert fitted[3:5] == expected[3:5]
     if directory is not None:
@@ -130,11 +132,11 @@ def test_files_validation_and_source_change_nothing(unbroken):
 
     source = Source(read=read, count=COUNT, class_names=data.class_names, channels=1)
     alone = train(None, source, validate=None, averaged=False)
-    jax.tree.map(np.testing.assert_array_equal, numbers(alone.state), numbers(unbroken[0].state))
+    chex.assert_trees_all_equal(numbers(alone.state), numbers(unbroken[0].state))
     assert alone.history == []
     assert (alone.best_epoch, alone.epochs) == (EPOCHS, EPOCHS)
     last = alone.state.variables()
-    jax.tree.map(np.testing.assert_array_equal, alone.variables, last)
+    chex.assert_trees_all_equal(alone.variables, last)
 
 
 @pytest.mark.parametrize(("mapping", "devices"), [("shard_map", 1), ("jit", 8), ("pmap", 2)])
@@ -244,7 +246,7 @@ def test_patience_stops_and_the_best_variables_come_back(tmp_path):
     fitted = train(tmp_path, validate=validate, patience=2)
     assert (fitted.best_epoch, fitted.epochs) == (2, 4)
     assert [entry["score"] for entry in fitted.history] == [0.1, 0.5, 0.4, 0.5]
-    jax.tree.map(np.testing.assert_array_equal, fitted.variables, seen[1])
+    chex.assert_trees_all_equal(fitted.variables, seen[1])
     assert int(fitted.state.step) == 4 * PER_EPOCH
     # A stopped run is finished: started again, it stays so.
     again = train(tmp_path, validate=scripted([]), patience=2)
@@ -313,9 +315,60 @@ def test_an_average_that_is_not_kept_is_refused_before_training():
         fit(step, state, digits(), batch_size=BATCH, epochs=1, averaged=True)
 
 
+def with_one(dataset, field, value):
+    column = np.array(getattr(dataset, field))
+    column[0] = value
+    return dataset._replace(**{field: column})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda d: with_one(d, "labels", 3),
+            ValueError,
+            r"labels must lie in \[0, 3\).*got 0 to 3",
+        ),
+        (lambda d: with_one(d, "labels", -1), ValueError, "got -1 to 2"),
+        (lambda d: d._replace(labels=d.labels[:50]), ValueError, r"labels must be \[84\]"),
+        (lambda d: d._replace(indices=d.indices[:50]), ValueError, r"indices must be \[84\]"),
+        (lambda d: d._replace(labels=np.float32(d.labels)), TypeError, "labels must be whole"),
+        (lambda d: with_one(d, "images", np.nan), ValueError, "images must lie in"),
+        (lambda d: d._replace(salience=d.images[..., :0]), ValueError, "salience must be"),
+        (lambda d: d._replace(salience=d.images[..., :1] - 1), ValueError, "salience must lie in"),
+    ],
+)
+def test_examples_that_are_none_are_refused_before_training(change, error, message):
+    with pytest.raises(error, match=message):
+        train(dataset=change(digits()))
+
+
+def test_settings_that_are_no_json_are_refused():
+    with pytest.raises(TypeError, match="settings must be JSON-able"):
+        train(settings={"eps": np.ones(2)})
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
+    whole = train_step(LINEAR, OPTIMIZER, standard())
+
+    def step(state, batch, axis_name=None):
+        state, metrics = whole(state, batch, axis_name)
+        return state, {**metrics, "loss": jnp.where(state.step > 5, jnp.nan, metrics["loss"])}
+
+    state = create_state(LINEAR, OPTIMIZER, jax.random.key(0), SHAPE)
+    with pytest.raises(FloatingPointError, match="the loss is nan after step 6"):
+        fit(
+            step, state, digits(), batch_size=BATCH, epochs=EPOCHS, mesh=parallel.data_mesh(1),
+            directory=tmp_path, save_steps=2, progress=False,
+        )  # fmt: skip
+    assert checkpoint.latest_step(tmp_path / "checkpoint") == 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"settings": {"eps": 0.1}}, "expected a run with .*'settings': {'eps': 0.1}"),
+        ({"dataset": with_one(digits(), "images", 0.5)}, "expected a run with .*'data': '84 "),
         ({"seed": 1}, "expected a run with .*'seed': 1"),
         ({"batch_size": 8}, "expected a run with .*'batch_size': 8"),
         ({"dataset": digits().take(slice(None, None, -1))}, "expected a run with .*'data': '84 "),

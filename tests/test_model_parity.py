@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,7 @@ def test_training_mode_moves_the_running_statistics_as_torch_does(name):
     logits, batch_stats = jax.jit(RESNETS[name].train)(variables, golden["x"])
     np.testing.assert_allclose(logits, golden["train_logits"], **TOLERANCE)
     expected = from_torch(part(golden, "after:"))["batch_stats"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), batch_stats, expected)
+    chex.assert_trees_all_close(batch_stats, expected, **TOLERANCE)
 
 
 def vit_from_torch(state):

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,7 +196,7 @@ def test_remat_gives_the_same_loss_statistics_and_gradients():
         )
         for model in (TINY, TINY_REMAT)
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
 class _Static:
@@ -220,7 +221,7 @@ def test_bfloat16_training_is_close_to_float32_and_keeps_float32_outside():
     assert float(jnp.abs(logits - logits32).max()) > 0  # it did compute in another dtype
     # bfloat16 keeps 8 bits: a relative error of 2^-8 per layer, over six layers.
     np.testing.assert_allclose(logits, logits32, atol=0.03 * float(jnp.abs(logits32).max()))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), stats, stats32)
+    chex.assert_trees_all_close(stats, stats32, atol=0.02)
     flat, flat32 = (
         jnp.concatenate([a.ravel() for a in jax.tree.leaves(g)]) for g in (grads, grads32)
     )
@@ -257,6 +258,25 @@ def test_an_ordinary_linen_module_becomes_a_model():
     )
     with pytest.raises(ValueError, match="axis_name needs a module whose call takes `mode`"):
         model.train(variables, x, axis_name="data")
+
+
+def test_a_linen_module_whose_train_has_no_default_becomes_a_model_too():
+    class Required(nn.Module):
+        rate: float = 0.0
+
+        @nn.compact
+        def __call__(self, x, *, train):
+            x = nn.Dropout(self.rate, deterministic=not train)(x)
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    x = images(5, 4, 4, 2)
+    model = models.from_linen(Required())
+    variables = model.init(KEY, (4, 4, 2))
+    assert model.train(variables, x)[0].shape == (5, 3)
+    noisy = models.from_linen(Required(rate=0.5))
+    assert noisy.apply(variables, x).shape == (5, 3)
+    with pytest.raises(ValueError, match="must not draw random numbers, Required does"):
+        noisy.train(variables, x)
 
 
 FLAT = {"params": {}}

@@ -1,5 +1,6 @@
 """BatchNorm and remat over 1, 2 and 8 devices under shard_map, pmap and jit: one global batch."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,7 +111,7 @@ def one_device():
 def test_gradients_through_batch_norm_and_remat_agree_on_any_devices(one_device, mapping, devices):
     variables, expected = one_device
     got = mapping(gradient_step, devices)(variables, images(3))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_forgetting_the_axis_is_noticed_under_shard_map():

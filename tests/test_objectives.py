@@ -1,5 +1,6 @@
 """Tests of the objectives against slow references: losses, AWP, the eps schedule."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +83,7 @@ def numpy_logits(x):
 
 
 def assert_bit_identical(tree, other):
-    jax.tree.map(np.testing.assert_array_equal, tree, other)
+    chex.assert_trees_all_equal(tree, other)
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -251,6 +252,11 @@ def test_an_unneeded_guard_changes_nothing():
         plain[0].params,
     )
     assert all(m["rescue"] == 0 for m in guarded[1])
+
+
+def test_trades_needs_a_start_off_the_image():
+    with pytest.raises(ValueError, match=r"attack must start at random.*got start='none'"):
+        trades(attacks.linf_pgd(0.1, start="none"))
 
 
 def test_a_schedule_needs_an_attack_with_an_eps_of_its_own():

@@ -2,6 +2,7 @@
 
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ def same(one, other):
     assert one.history == other.history
     # Optimizer, pools, rate and key too: all that a next step depends on.
     ours, theirs = (x.state._replace(key=jax.random.key_data(x.state.key)) for x in (one, other))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    chex.assert_trees_all_equal(ours, theirs)
     np.testing.assert_array_equal(one.trust.safe, other.trust.safe)
     np.testing.assert_array_equal(one.trust.scores, other.trust.scores)
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -322,7 +323,7 @@ def test_devices_train_what_one_trains(mapping):
     objective = sparing(trades(ATTACK), source=source, area=0.3)
     params, metrics = trained(objective)
     others, other_metrics = trained(objective, mapping=mapping)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), params, others)
+    chex.assert_trees_all_close(params, others, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(metrics["protected_area"], 0.3, rtol=1e-5)
     np.testing.assert_allclose(other_metrics["protected_area"], 0.3, rtol=1e-5)
 

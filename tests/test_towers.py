@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from jaxrobust import models
 from jaxrobust.files import CheckpointError
+from jaxrobust.models import towers
 
 GOLDENS = Path(__file__).parent / "goldens"
 OPTIONS = {
@@ -46,6 +47,44 @@ def test_a_published_tower_gives_its_own_librarys_output(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("width", "heads"), [(192, 3), (768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)]
+)
+def test_heads_are_those_of_the_published_sizes(width, heads):
+    patches = np.zeros((width, 3, 2, 2), np.float32)
+    mlp = np.zeros((4 * width, width), np.float32)
+    arrays = {
+        "patch_embed.weight": patches,
+        "pos_embed": np.zeros((1, 5, width), np.float32),
+        "blocks.0.mlp.fc1.weight": mlp,
+    }
+    assert towers._config("file", arrays, None, "gelu")[0]["heads"] == heads
+
+
+def test_a_clip_tower_in_timms_layout_is_the_same_function(tmp_path):
+    weights, x, out = golden("clip")
+    renames = (
+        ("conv1.", "patch_embed.proj."), ("class_embedding", "cls_token"),
+        ("positional_embedding", "pos_embed"), ("ln_pre.", "norm_pre."), ("ln_post.", "norm."),
+        ("transformer.resblocks.", "blocks."), (".ln_1.", ".norm1."), (".ln_2.", ".norm2."),
+        (".in_proj_", ".qkv."), (".out_proj.", ".proj."), (".c_fc.", ".fc1."),
+        (".c_proj.", ".fc2."),
+    )  # fmt: skip
+    theirs = {towers.renamed(name, renames): array for name, array in weights.items()}
+    theirs["cls_token"] = theirs["cls_token"].reshape(1, 1, -1)
+    theirs["pos_embed"] = theirs["pos_embed"][None]
+    # timm's projection is a head with a bias of zeros.
+    theirs["head.weight"] = theirs.pop("proj").T
+    theirs["head.bias"] = np.zeros(len(theirs["head.weight"]), np.float32)
+    path = saved(tmp_path, theirs)
+    options = {"heads": 2, "mean": towers.CLIP[0], "std": towers.CLIP[1]}
+    with pytest.raises(ValueError, match="activation must be given for CLIP"):
+        models.load_image_tower(path, **options)
+    tower = models.load_image_tower(path, activation="quick_gelu", **options)
+    found = tower.model.apply(tower.variables, x)
+    np.testing.assert_allclose(found, out, rtol=1e-4, atol=1e-4)
+
+
 def test_the_image_tower_of_a_whole_clip_is_found(tmp_path):
     weights, x, out = golden("clip")
     whole = {f"visual.{name}": array for name, array in weights.items()}
@@ -80,6 +119,7 @@ def without(weights, name):
         ("mean and std must be given for timm", "timm", None, {"mean": None, "std": None}),
         ("mean and std must be given together", "timm", None, {"std": None}),
         ("heads must divide the width 16, got 3", "timm", None, {"heads": 3}),
+        ("heads must be given for the width 16", "timm", None, {"heads": None}),
         ("size must be a multiple of patch = 8", "timm", None, {"size": 20}),
         ("missing.*norm.scale", "timm", lambda w: without(w, "norm.weight"), {}),
         ("more", "timm", lambda w: {**w, "more": np.zeros(2, np.float32)}, {}),

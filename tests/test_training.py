@@ -308,8 +308,34 @@ def test_bad_options_are_refused(options, message):
         train_step(PLAIN, sgd(0.1), standard(), **options)
 
 
+def test_accumulation_holds_one_gradient_and_averages_once():
+    wide = models.small_cnn(
+        channels=(64, 64), strides=(2, 2), kernel=3, dense=(), classes=CLASSES, norm="none"
+    )
+    state = jax.eval_shape(lambda: create_state(wide, FROZEN, jax.random.key(0), SHAPE))
+    weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+
+    def compiled(parts):
+        step = train_step(wide, FROZEN, standard(), accumulate=parts)
+        mapped = parallel.data_parallel(step, parallel.data_mesh(8), donate=False)
+        batch = {name: np.repeat(column, 8, 0) for name, column in batch_of(0).items()}
+        return jax.jit(mapped).lower(state, batch).compile()
+
+    few, many = compiled(2), compiled(16)
+    temporary = [one.memory_analysis().temp_size_in_bytes for one in (few, many)]
+    assert temporary[1] < temporary[0] + weights
+    reductions = [one.as_text().count(" all-reduce(") for one in (compiled(1), few, many)]
+    assert 0 < reductions[0] == reductions[1] == reductions[2]
+
+
 def test_what_the_state_lacks_is_refused_when_traced():
     state = create_state(PLAIN, sgd(0.1), jax.random.key(0), SHAPE)
+    kept = create_state(PLAIN, sgd(0.1), jax.random.key(0), SHAPE, ema=True)
+    with pytest.raises(ValueError, match=r"a state with an EMA needs train_step.*ema_decay"):
+        jax.eval_shape(train_step(PLAIN, sgd(0.1), standard()), kept, batch_of(0))
+    guarded = guarded_n_fgsm(attacks.n_fgsm(0.1), ATTACK)
+    with pytest.raises(ValueError, match=r"extra must be the objective's.*rescue_until"):
+        jax.eval_shape(train_step(PLAIN, sgd(0.1), guarded), state, batch_of(0))
     with pytest.raises(ValueError, match="ema_decay needs a state with an EMA"):
         jax.eval_shape(train_step(PLAIN, sgd(0.1), standard(), ema_decay=0.5), state, batch_of(0))
     with pytest.raises(ValueError, match="averaged=True needs a state with an EMA"):

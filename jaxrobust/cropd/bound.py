@@ -7,16 +7,18 @@ code; s: cosine of attacked and clean code. With the true constants and the wors
 theorem; here x' is what an attack found and L is measured along that way.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.spatial
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxrobust import losses, parallel
-from jaxrobust.attacks.inputs import check_labels, example_keys
+from jaxrobust.attacks.inputs import check_labels, check_number, check_steps, example_keys
 from jaxrobust.data import check_images
 from jaxrobust.evaluation import LossOfModel
 from jaxrobust.models import Model
@@ -84,8 +86,8 @@ def bound_report(
         mesh: spreads each batch over devices; one device by default.
 
     Raises:
-        ValueError: the model has no pre-processor or no head of its own, or its auto-encoder does
-            not normalise the code.
+        ValueError: the model has no pre-processor or no head of its own, its auto-encoder does
+            not normalise the code, batch_size < 1, or lipschitz < 0.
 
     Source: derived for this project; steps (1) to (3) of the CRoPD paper's claim, with constants.
     """
@@ -98,11 +100,14 @@ def bound_report(
             "(latent_norm=True), got latent_norm=False: the length of the code would pass by the "
             "bound"
         )
+    check_steps(batch_size, "batch_size")
+    if lipschitz is not None:
+        check_number("lipschitz", lipschitz, low=0)
     taps = f"preprocessor.{code}", f"foundation.{config['tap']}"
     images = check_images(images)
     labels = np.asarray(check_labels(labels, len(images), config["head"]))
     keys = example_keys(key, len(images))
-    look = jax.jit(lambda variables, x: _look(defended, variables, x, taps))
+    look = partial(_look, defended.apply, taps)
     loss_fn = LossOfModel(defended.apply)
     devices = 1 if mesh is None else mesh.size
     size = -(-batch_size // devices) * devices
@@ -115,9 +120,8 @@ def bound_report(
         parts.append(_terms(look(variables, x), look(variables, x_adv), y))
     stacked = [np.concatenate(column)[: len(images)] for column in zip(*parts, strict=True)]
     clean, adversarial, cosine, displacement, moved = stacked
-    kernel = np.asarray(variables["params"]["head"]["kernel"], np.float64)
-    apart = np.linalg.norm(kernel[:, :, None] - kernel[:, None, :], axis=0)
-    head = apart.max(0)[labels]
+    rows = np.asarray(variables["params"]["head"]["kernel"], np.float64).T
+    head = scipy.spatial.distance.cdist(rows, rows).max(0)[labels]
     steep = np.divide(moved, displacement, out=np.zeros_like(moved), where=displacement > 0)
     if lipschitz is not None:
         steep = np.full(len(images), float(lipschitz))
@@ -125,8 +129,9 @@ def bound_report(
     return BoundReport(clean, adversarial, cosine, displacement, head, steep, bound)
 
 
-def _look(defended, variables, x, taps):
-    logits, values = defended.apply(variables, x, taps=taps)
+@partial(jax.jit, static_argnums=(0, 1))
+def _look(apply, taps, variables, x):
+    logits, values = apply(variables, x, taps=taps)
     code, features = (values[tap] for tap in taps)
     return logits, code.reshape(len(x), -1), flat(features)
 

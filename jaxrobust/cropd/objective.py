@@ -12,7 +12,12 @@ from jaxrobust.attacks import n_fgsm
 from jaxrobust.attacks.inputs import check_number, fold
 from jaxrobust.attacks.value import Number
 from jaxrobust.training import Context, Objective
-from jaxrobust.training.objectives import Schedule, check_scalable, scaled_attack
+from jaxrobust.training.objectives import (
+    Schedule,
+    check_scalable,
+    check_starts_off,
+    scaled_attack,
+)
 
 FORMS = ("reported", "info_nce", "alignment")
 AIMS = ("loss", "random")
@@ -251,9 +256,5 @@ def _check(attack, weights, form, temperature, anchor_gradient, aim):
     if not any(weights):
         raise ValueError(f"weights must not all be 0, got {weights}")
     # Rebuilding errs at x too, and has a gradient there.
-    still = any(weights[1:]) and not weights.denoising
-    if still and aim == "loss" and getattr(attack, "start", None) == "none":
-        raise ValueError(
-            "attack must start at random: at x the distance to x's code has no gradient, "
-            "got start='none'"
-        )
+    if any(weights[1:]) and not weights.denoising and aim == "loss":
+        check_starts_off(attack, "the distance to x's code")

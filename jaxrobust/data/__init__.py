@@ -13,7 +13,7 @@ from jaxrobust.data.batching import batches, epoch_order, steps_per_epoch, strea
 from jaxrobust.data.coco_pairs import coco_pairs
 from jaxrobust.data.colours import color_jitter, grayscale
 from jaxrobust.data.corruptions import CORRUPTIONS, corrupt
-from jaxrobust.data.dataset import Dataset, Source, check_images
+from jaxrobust.data.dataset import Dataset, Source, check_dataset, check_images
 from jaxrobust.data.emoji_pairs import emoji_labels, load_emoji_pairs
 from jaxrobust.data.folder import load_folder
 from jaxrobust.data.loading import load, names, source
@@ -36,6 +36,7 @@ __all__ = [
     "Tokenizer",
     "batches",
     "bpe_tokenizer",
+    "check_dataset",
     "check_images",
     "clip_tokenizer",
     "clip_views",

@@ -73,6 +73,39 @@ def check_images(images: Any, bounds: tuple[float, float] | None = (0.0, 1.0)) -
     return images
 
 
+def check_dataset(dataset: Dataset) -> None:
+    """Refuses a data set whose columns do not fit together.
+
+    Args:
+        dataset: any.
+
+    Raises:
+        TypeError: images are no floats, or labels or indices no whole numbers.
+        ValueError: images as of `check_images`, columns of unequal length, labels that name no
+            class, or salience maps of other images or outside [0, 1].
+    """
+    images = check_images(dataset.images)
+    for name in ("labels", "indices"):
+        column = np.asarray(getattr(dataset, name))
+        if column.shape != (len(images),):
+            raise ValueError(f"{name} must be [{len(images)}], got shape {column.shape}")
+        if not np.issubdtype(column.dtype, np.integer):
+            raise TypeError(f"{name} must be whole numbers, got {column.dtype}")
+    low, high = int(np.min(dataset.labels)), int(np.max(dataset.labels))
+    if low < 0 or high >= len(dataset.class_names):
+        raise ValueError(
+            f"labels must lie in [0, {len(dataset.class_names)}), the classes that have a name, "
+            f"got {low} to {high}"
+        )
+    if dataset.salience is None:
+        return
+    maps = np.asarray(dataset.salience)
+    if maps.shape != (*images.shape[:3], 1):
+        raise ValueError(f"salience must be {(*images.shape[:3], 1)}, got shape {maps.shape}")
+    if not (maps.min() >= 0 and maps.max() <= 1):
+        raise ValueError(f"salience must lie in [0, 1], got {maps.min()} to {maps.max()}")
+
+
 class Examples(NamedTuple):
     """Some decoded examples of a `Source`; the fields are those of `Dataset`."""
 

@@ -13,7 +13,13 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def _images_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    # Splits and classes are often links to where the files are.
+    found = (
+        Path(where) / name
+        for where, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
 
 
 def _split_root(path: Path, split: str) -> Path:

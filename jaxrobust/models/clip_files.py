@@ -18,14 +18,8 @@ import numpy as np
 from jaxrobust.files import CheckpointError
 from jaxrobust.models.clip import Clip, clip
 from jaxrobust.models.text import text_encoder
-from jaxrobust.models.torch_file import read_torch
-from jaxrobust.models.towers import (
-    HEAD_WIDTH,
-    TRANSFORMER_RENAMES,
-    checked,
-    image_tower,
-    renamed,
-)
+from jaxrobust.models.torch_file import read_torch, renamed
+from jaxrobust.models.towers import HEAD_WIDTH, TRANSFORMER_RENAMES, checked, image_tower
 
 # Names without a number at their end, so that the embedding is not taken for a kernel.
 _RENAMES = (
@@ -65,8 +59,8 @@ def load_clip(
             publishes of them.
         activation: of both transformers: "quick_gelu" for OpenAI's weights and for OpenCLIP's whose
             name says so, "gelu" for the others, LAION's among them.
-        heads: of the image tower; None is width / 64, as in all of OpenAI's models.
-        text_heads: of the text transformer; likewise.
+        heads: of the image tower; None is that of the published sizes, as in `load_image_tower`.
+        text_heads: of the text transformer; None is width / 64, as in all of OpenAI's and LAION's.
         size: side of the images; None is that of the file. Positions are interpolated.
         mean: subtracted from the images; None is CLIP's own.
         std: divides them; likewise.

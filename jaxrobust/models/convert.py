@@ -36,7 +36,7 @@ from jaxrobust.models.layers import check_choice
 from jaxrobust.models.model import Model
 from jaxrobust.models.resnet import preact_resnet18, wide_resnet
 from jaxrobust.models.robustbench import CIFAR, published
-from jaxrobust.models.torch_file import read_torch
+from jaxrobust.models.torch_file import linen_entry, read_torch, renamed
 
 __all__ = ["ARCHITECTURES", "LAYOUTS", "Architecture", "Layout", "convert", "load", "read_torch"]
 
@@ -233,7 +233,7 @@ def convert(
         raise CheckpointError(f"{path}: its images are normalised by {normalisation}, not so here")
     arrays, theirs = {}, {}
     for name in filter(_is_weight, state):
-        ours, array = _entry(name, state[name], layout)
+        ours, array = linen_entry(renamed(name, layout.renames), state[name])
         if ours in arrays:
             raise CheckpointError(f"{path}: {theirs[ours]} and {name} are the same entry")
         arrays[ours], theirs[ours] = array, name
@@ -270,19 +270,6 @@ def _is_weight(name: str) -> bool:
     known = name in {n for pair in _NORMALISATIONS for n in pair}
     unused = name.startswith("sub_block1.") or name.endswith("num_batches_tracked")
     return not (known or unused)
-
-
-def _entry(name: str, array: np.ndarray, layout: Layout) -> tuple[tuple[str, ...], np.ndarray]:
-    """(path in our variables, array in our layout) of one entry."""
-    for theirs, ours in layout.renames:
-        name = name.replace(theirs, ours)
-    *path, leaf = name.split(".")
-    if leaf.startswith("running_"):
-        return ("batch_stats", *path, leaf.removeprefix("running_")), array
-    if leaf == "weight" and array.ndim == 1:
-        return ("params", *path, "scale"), array
-    leaf = "kernel" if leaf == "weight" else leaf
-    return ("params", *path, leaf), array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
 
 
 def _label(path: tuple[str, ...]) -> str:

@@ -166,7 +166,8 @@ def _plain(first, second, *, solve, shapes, **setting):
 
 def _cpu(first, second, *, solve, shapes, strides, pads, groups):
     """The choice of algorithm on CPUs; bfloat16 has no fast kernels there."""
-    a, b = first.astype(jnp.float32), second.astype(jnp.float32)
+    wide = jnp.promote_types(first.dtype, jnp.float32)
+    a, b = first.astype(wide), second.astype(wide)
     if _folding_pays(solve, shapes, strides, groups):
         out = _folded(a, b, solve, shapes, strides, pads)
     elif solve == "y":

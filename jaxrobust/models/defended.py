@@ -188,8 +188,15 @@ def _apply(
 ) -> Any:
     """Logits in inference mode; arguments and errors as of every model's `apply`."""
     perturbations = perturbations or {}
+    held = [name for name in PARTS[:2] if getattr(parts, name) is not None]
     for name in perturbations:
-        check_choice("perturbations' parts", name.split(".")[0], PARTS[:2])
+        # One that no part took would change nothing, and the defence would look strong.
+        inside = name.partition(".")
+        if inside[0] not in held or not inside[2]:
+            raise ValueError(
+                f"perturbations must name activations inside {' or '.join(held)}, such as "
+                f"'foundation.{parts.tap}', got {name!r}"
+            )
 
     def run(name: str, model: Any, x: Array, wanted: Sequence[str]) -> tuple[Array, dict]:
         nudges = _under(name, perturbations)

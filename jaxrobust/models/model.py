@@ -15,12 +15,14 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.errors import InvalidRngError
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
@@ -84,7 +86,9 @@ def from_linen(module: nn.Module, *, name: str | None = None, inputs: Inputs = I
 
     Args:
         module: unbound; its `__call__` takes x [b, h, w, c] and, if it likes, `mode: Mode` (all of
-            this package's) or `train: bool` (most others); without either it has one mode.
+            this package's) or `train: bool` (most others); without either it has one mode. Random
+            layers, such as dropout, have no place in a step whose noise is a function of each
+            example: training raises a ValueError.
         name: the `config`'s name, by default the module's class. Only names that
             `models.build` knows can be built again from their config.
         inputs: what the module takes in place of images.
@@ -113,7 +117,8 @@ def initialiser(module: nn.Module, inputs: Inputs = IMAGES) -> Callable[..., dic
 
     @functools.partial(jax.jit, static_argnames="shape")
     def draw(key: Array, shape: tuple[int, ...]) -> dict:
-        return module.init(_quick_to_compile(key), jnp.zeros((1, *shape), inputs.dtype))
+        mode = _mode_arguments(module, {}, INFERENCE)
+        return module.init(_quick_to_compile(key), jnp.zeros((1, *shape), inputs.dtype), **mode)
 
     axes = f"({', '.join(inputs.axes)}{',' * (len(inputs.axes) == 1)})"
 
@@ -196,11 +201,14 @@ def _call(
     watched = bool(taps or perturbations)
     mutable = ["batch_stats"] * mode.train + [_TAPS] * watched
     run = functools.partial(module.apply, variables, x, **_mode_arguments(module, variables, mode))
-    if watched:
-        with nn.intercept_methods(_tapping(perturbations)):
-            out, state = run(mutable=mutable)
-    else:
-        out, state = run(mutable=mutable) if mutable else (run(), {})
+    try:
+        with nn.intercept_methods(_tapping(perturbations)) if watched else nullcontext():
+            out, state = run(mutable=mutable) if mutable else (run(), {})
+    except InvalidRngError as error:
+        raise ValueError(
+            f"module must not draw random numbers, {type(module).__name__} does (dropout?): set "
+            "its rate to 0"
+        ) from error
     out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
     found = {".".join(path[:-1]): a for path, a in flatten_dict(state.get(_TAPS, {})).items()}
     _check_known("taps", taps, found)

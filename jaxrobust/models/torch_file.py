@@ -12,7 +12,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,28 @@ _ADVICE = (
 )
 
 
+def renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """`name` with every (theirs, ours) replaced, in this order."""
+    for theirs, ours in renames:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def linen_entry(name: str, array: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """(path in a Linen module's variables, array in its order of axes) of a module's entry.
+
+    A "weight" of one axis is a norm's scale, of two a dense layer's kernel, of four a
+    convolution's.
+    """
+    *path, leaf = name.split(".")
+    if leaf.startswith("running_"):
+        return ("batch_stats", *path, leaf.removeprefix("running_")), array
+    if leaf == "weight":
+        leaf = "scale" if array.ndim == 1 else "kernel"
+        array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
+    return ("params", *path, leaf), array
+
+
 class _Storage(NamedTuple):
     dtype: np.dtype
     numel: int
@@ -72,6 +94,7 @@ def read_torch(path: str | os.PathLike, key: str | None = None) -> dict[str, np.
     Args:
         path: the file, as `torch.save` (either format) or safetensors wrote it.
         key: where the state dict lies ("ema", or "a.b" for a dict in a dict); None looks for it.
+            In a safetensors file, what the names begin with ("ema" for "ema.conv1.weight").
 
     Returns:
         {name: array}, in the file's names, layouts and dtypes.
@@ -89,7 +112,7 @@ def read_torch(path: str | os.PathLike, key: str | None = None) -> dict[str, np.
             start = file.read(9)
             file.seek(0)
             if start[8:] == b"{":
-                return _without_prefix(read_arrays(path))
+                return _without_prefix(_under(read_arrays(path), key))
             content, read = _open_zip(file) if start[:2] == b"PK" else _open_legacy(file, start)
             state = _state_dict(content, key)
             tensors = {k: v for k, v in state.items() if isinstance(v, _Tensor)}
@@ -260,6 +283,18 @@ def _state_dict(content: Any, key: str | None) -> Mapping[Any, Any]:
             break
         content = content[inner[0]]
     raise ValueError(f"expected a state dict: {_held(content)}")
+
+
+def _under(arrays: dict[str, np.ndarray], key: str | None) -> dict[str, np.ndarray]:
+    """The arrays of a flat file whose names begin with a key, without it."""
+    if key is None:
+        return arrays
+    found = {n.removeprefix(f"{key}."): a for n, a in arrays.items() if n.startswith(f"{key}.")}
+    if not found:
+        raise ValueError(
+            f"key must be what names in the file begin with, got {key!r}: {_held(arrays)}"
+        )
+    return found
 
 
 def _held(content: Any) -> str:

@@ -22,13 +22,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxrobust.files import CheckpointError, check_same_arrays
 from jaxrobust.models.clip_resnet import clip_resnet
 from jaxrobust.models.model import Model
-from jaxrobust.models.torch_file import read_torch
+from jaxrobust.models.torch_file import linen_entry, read_torch, renamed
 from jaxrobust.models.vit import vit
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Width of a head in the published ViTs, but for the very largest.
+# Width of a head in the published ViTs up to L, in texts, and in the pools of CLIP's ResNets.
 HEAD_WIDTH = 64
+# Heads of the larger ones by their width: H, So400m, g and bigG; and DINOv2's g.
+_LARGE = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 # OpenAI's and OpenCLIP's names of a transformer's parts, of images or of texts.
 TRANSFORMER_RENAMES = (
     ("positional_embedding", "pos_embed"),
@@ -75,10 +77,11 @@ def load_image_tower(
 
     Args:
         path: safetensors, or a torch file of any version (torch is not needed).
-        heads: attention heads; None is width / 64, as in the published sizes Ti to L, and in the
-            attention pools of CLIP's ResNets.
-        activation: "gelu" or "quick_gelu"; needed for the ViTs of OpenCLIP's layout, where OpenAI's
-            weights want the latter and LAION's the former. timm's and DINOv2's is "gelu".
+        heads: attention heads; None is those of the published sizes (width / 64 up to L and in
+            the attention pools of CLIP's ResNets; 16 in H, So400m, g and bigG, 24 in DINOv2's g).
+        activation: "gelu" or "quick_gelu"; needed for CLIP's ViTs, in OpenCLIP's layout and in
+            timm's, where OpenAI's weights want the latter and LAION's the former. That of timm's
+            others and DINOv2's is "gelu".
         size: side of the images, a multiple of the patch, or of 32; None is that of the file.
             Positions are interpolated bicubically (jax.image.resize, not quite PyTorch's kernel).
         mean: subtracted from the images. None is CLIP's for OpenCLIP's layout and ImageNet's for
@@ -118,16 +121,17 @@ def image_tower(
         return _resnet_tower(path, state, heads, size, normalisation)
     clip = any(name.endswith("class_embedding") for name in state)
     arrays = _ours(path, state, clip)
-    if activation is None and clip:
+    # In timm's layout CLIP's towers alone begin with a norm.
+    if activation is None and "norm_pre.weight" in arrays:
         raise ValueError(
-            "activation must be given for OpenCLIP's layout: 'quick_gelu' for OpenAI's weights, "
-            "'gelu' for LAION's"
+            "activation must be given for CLIP's ViTs: 'quick_gelu' for OpenAI's weights, 'gelu' "
+            "for LAION's"
         )
     if mean is None:
         if not clip and "blocks.0.ls1.gamma" not in arrays:
             raise ValueError("mean and std must be given for timm's ViTs: they differ")
         mean, std = CLIP if clip else IMAGENET
-    config, grid = _config(path, arrays, clip, heads, activation or "gelu")
+    config, grid = _config(path, arrays, heads, activation or "gelu")
     side = size or grid * config["patch"]
     if side % config["patch"]:
         raise ValueError(f"size must be a multiple of patch = {config['patch']}, got {size}")
@@ -195,19 +199,17 @@ def _renamed(state: Mapping[str, np.ndarray], renames) -> dict[str, np.ndarray]:
     return {renamed(name, renames): array for name, array in inside.items()}
 
 
-def renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
-    """`name` with every (theirs, ours) replaced, in this order."""
-    for theirs, ours in renames:
-        name = name.replace(theirs, ours)
-    return name
-
-
-def _config(path, arrays, clip, heads, activation) -> tuple[dict[str, Any], int]:
+def _config(path, arrays, heads, activation) -> tuple[dict[str, Any], int]:
     """Arguments of `vit`, and the side of the grid of patches."""
     width, _, patch, _ = arrays["patch_embed.weight"].shape
-    heads = heads or max(width // HEAD_WIDTH, 1)
+    if heads is None:
+        known = width <= 1024 and width % HEAD_WIDTH == 0
+        heads = width // HEAD_WIDTH if known else _LARGE.get(width)
+    if heads is None:
+        raise ValueError(f"heads must be given for the width {width}, which is no published size's")
     if width % heads:
         raise ValueError(f"heads must divide the width {width}, got {heads}")
+    pre_norm = "norm_pre.weight" in arrays
     blocks = [re.match(r"blocks\.(\d+)\.", name) for name in arrays]
     length = arrays["pos_embed"].shape[1]
     grid = math.isqrt(length)
@@ -224,8 +226,8 @@ def _config(path, arrays, clip, heads, activation) -> tuple[dict[str, Any], int]
         "pool": "cls",
         "classes": None if head is None else len(head),
         "activation": activation,
-        "norm_eps": 1e-5 if clip else 1e-6,
-        "pre_norm": "norm_pre.weight" in arrays,
+        "norm_eps": 1e-5 if pre_norm else 1e-6,  # CLIP's or all others'
+        "pre_norm": pre_norm,
         "patch_bias": "patch_embed.bias" in arrays,
         "layer_scale": "blocks.0.ls1.gamma" in arrays,
         "registers": arrays["reg_token"].shape[1] if "reg_token" in arrays else 0,
@@ -251,7 +253,7 @@ def checked(
     shape: Sequence[int],
 ) -> dict[str, Any]:
     """Our variables, after a comparison of all names and shapes with what `init` makes."""
-    found = dict(_entry(name, array) for name, array in arrays.items())
+    found = dict(linen_entry(name, array) for name, array in arrays.items())
     like = jax.eval_shape(lambda: init(jax.random.key(0), shape))
     expected = flatten_dict({"batch_stats": {}, **like})
     check_same_arrays(
@@ -261,13 +263,3 @@ def checked(
     )
     variables = unflatten_dict({k: jnp.asarray(a, jnp.float32) for k, a in found.items()})
     return {"params": {}, "batch_stats": {}, **variables}
-
-
-def _entry(name: str, array: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    *path, leaf = name.split(".")
-    if leaf.startswith("running_"):
-        return ("batch_stats", *path, leaf.removeprefix("running_")), array
-    if leaf == "weight":
-        leaf = "scale" if array.ndim == 1 else "kernel"
-        array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else None)
-    return ("params", *path, leaf), array

@@ -147,7 +147,7 @@ def fit(
             "views": _name(views),
             "splitter": _name(recipe.splitter),
             "dtype": _name(dtype),
-            "start": None if start is None else _digest(start),
+            "start": None if start is None else checkpoint.digest(start),
             **recipe.numbers,
         },
     )
@@ -346,18 +346,8 @@ def _name(thing: Any) -> str:
         named = [f"{name}={_name(value)}" for name, value in thing.keywords.items()]
         return f"{_name(thing.func)}({', '.join([*map(_name, thing.args), *named])})"
     if isinstance(thing, np.ndarray | jax.Array):
-        return _digest(thing)
+        return checkpoint.digest(thing)
     return str(getattr(thing, "__qualname__", thing))
-
-
-def _digest(tree: Any) -> str:
-    """Of a tree of arrays: names, shapes and contents."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        leaf = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype.str}{leaf.shape}".encode())
-        digest.update(leaf)
-    return digest.hexdigest()
 
 
 def _check(

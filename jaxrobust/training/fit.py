@@ -1,12 +1,12 @@
 """The training loop: batches in, state out; resumable at any step, stoppable at any moment."""
 
 import contextlib
-import hashlib
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -57,6 +57,7 @@ def fit(
     patience: int | None = None,
     averaged: bool = False,
     directory: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     save_every: float = 30.0,
     save_steps: int | None = None,
     log_every: int = 50,
@@ -86,6 +87,8 @@ def fit(
         averaged: validate and return the moving average of the weights.
         directory: for checkpoints and metrics.csv; None writes nothing. If it holds a checkpoint
             of this run, the run goes on from there.
+        settings: what else makes this run what it is, as JSON has it, such as eps and the learning
+            rate: the step does not tell. A checkpoint with others is refused.
         save_every: seconds between checkpoints.
         save_steps: save every so many steps instead.
         log_every: steps between rows of metrics.csv.
@@ -94,9 +97,13 @@ def fit(
         label: its text.
 
     Raises:
-        ValueError: a number out of its range, before anything is compiled.
+        ValueError: a number out of its range, or examples that are none, before anything is
+            compiled.
+        TypeError: `settings` are no JSON, images no floats, or labels no whole numbers.
         CheckpointError: `directory` holds a damaged checkpoint, or that of another model, seed,
-            batch size or data set.
+            batch size, data set (of one on disk its size alone is compared) or other settings.
+        FloatingPointError: the loss is no finite number any more; looked at where it is logged,
+            and before anything is saved.
     """
     counts = {"epochs": epochs, "validate_every": validate_every, "log_every": log_every}
     _check_counts(**counts, patience=patience, save_steps=save_steps)
@@ -108,7 +115,7 @@ def fit(
             f"batch_size must be divisible by the {mesh.size} devices, got {batch_size}"
         )
     if isinstance(dataset, data.Dataset):
-        data.check_images(dataset.images)
+        data.check_dataset(dataset)
     per_epoch = data.steps_per_epoch(dataset, batch_size)
     total = epochs * per_epoch
     run = parallel.data_parallel(step, mesh, mapping=mapping)
@@ -118,7 +125,7 @@ def fit(
     best = jax.tree.map(np.asarray, variables) if validate else {}
     order = {
         "seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch,
-        "data": _identity(dataset),
+        "data": _identity(dataset), "settings": _json(settings),
     }  # fmt: skip
     loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
     loop |= {"order": order, "validation_seconds": 0.0}
@@ -135,7 +142,8 @@ def fit(
     begun = saved = time.monotonic()
     earlier = loop["seconds"]
 
-    def save():
+    def save(metrics):
+        _check_finite(metrics, position)
         loop["seconds"] = earlier + time.monotonic() - begun
         checkpoint.save(folder / "checkpoint", position, (state, best), loop=loop)
 
@@ -166,12 +174,14 @@ def fit(
         total=total, initial=position, desc=label, unit="step", disable=not (progress and first)
     )
     stopped = patience is not None and loop["waited"] >= patience
+    metrics = {}
     with contextlib.closing(ahead), logger as log, bar:
         while position < total and not stopped:
             state, metrics = run(state, next(ahead))
             position += 1
             bar.update()
             if position % log_every == 0:
+                _check_finite(metrics, position)
                 log(position, metrics)
                 bar.set_postfix(loss=f"{float(metrics['loss']):.3f}")
             epoch, rest = divmod(position, per_epoch)
@@ -186,11 +196,12 @@ def fit(
                     best = jax.tree.map(np.asarray, variables)
                 stopped = patience is not None and loop["waited"] >= patience
             if saving and position < total and due():
-                save()
+                save(metrics)
                 saved = time.monotonic()
         jax.block_until_ready(state)
     if saving and checkpoint.latest_step(folder / "checkpoint") != position:
-        save()
+        save(metrics)
+    _check_finite(metrics, position)
     last = epochs if position == total else position // per_epoch
     return Fitted(
         state=state,
@@ -207,9 +218,25 @@ def _identity(dataset: data.Dataset | data.Source) -> str:
     """Which examples are trained on, in which order; of those on disk only how many."""
     if isinstance(dataset, data.Source):
         return f"{len(dataset)} on disk"
-    digest = hashlib.sha256(np.ascontiguousarray(dataset.indices))
-    digest.update(np.ascontiguousarray(dataset.labels))
-    return f"{len(dataset.labels)} {digest.hexdigest()[:16]}"
+    columns = dataset._asdict() | {"class_names": None}
+    return f"{len(dataset.labels)} {checkpoint.digest(columns)[:16]}"
+
+
+def _json(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As a checkpoint gives them back."""
+    try:
+        return json.loads(json.dumps(dict(settings or {})))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"settings must be JSON-able, got {settings!r}: {error}") from error
+
+
+def _check_finite(metrics: Mapping[str, Any], position: int) -> None:
+    loss = float(metrics.get("loss", 0.0))
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} after step {position}: a smaller learning rate, or clipped "
+            "gradients, may help; a checkpoint of before is as it was"
+        )
 
 
 def _check_counts(**counts):

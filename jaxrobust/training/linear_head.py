@@ -1,5 +1,6 @@
 """A linear head on frozen features: a convex problem, solved to its optimum."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -29,16 +30,18 @@ def fit_head(
         labels: [n] whole numbers in [0, classes).
         classes: how many; some may be missing among the labels.
         decay: > 0.
-        iterations: of L-BFGS at most.
+        iterations: of L-BFGS at most; fewer than the optimum takes give a warning.
 
     Returns:
         {"params": {"kernel": [d, classes], "bias": [classes]}}, for `models.join(head=...)`.
 
     Raises:
-        ValueError: shapes that do not fit, labels outside the classes, or decay <= 0.
+        ValueError: shapes that do not fit, features that are no finite numbers, labels outside the
+            classes, or decay <= 0.
     """
     check_number("decay", decay, low=0, strict=True)
     check_steps(iterations, "iterations")
+    check_steps(classes, "classes")
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(
@@ -46,29 +49,38 @@ def fit_head(
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels must lie in [0, {classes}), got {labels.min()}..{labels.max()}")
+    if not np.isfinite(features).all():
+        raise ValueError(f"features must be finite, {(~np.isfinite(features)).sum()} are not")
     mean, spread = features.mean(0), features.std(0)
     spread = np.where(spread > 0, spread, 1)
     x, y = jnp.asarray((features - mean) / spread), jnp.asarray(labels)
-    shape = features.shape[1], classes
-
-    @jax.jit
-    def value_and_gradient(flat):
-        def loss(flat):
-            kernel, bias = jnp.split(flat.reshape(shape[0] + 1, classes), [shape[0]])
-            fit = losses.cross_entropy(x @ kernel + bias, y).mean()
-            return fit + decay / 2 * jnp.square(kernel).sum()
-
-        return jax.value_and_grad(loss)(flat.astype(jnp.float32))
+    shape = features.shape[1] + 1, classes
 
     def objective(flat):
-        value, gradient = value_and_gradient(flat)
-        return float(value), np.asarray(gradient, np.float64)
+        weights = jnp.asarray(flat.reshape(shape), jnp.float32)
+        value, gradient = _value_and_gradient(weights, x, y, decay)
+        return float(value), np.asarray(gradient, np.float64).ravel()
 
-    start = np.zeros((shape[0] + 1) * classes)
     options = {"maxiter": iterations, "maxfun": 4 * iterations}
     found = scipy.optimize.minimize(
-        objective, start, jac=True, method="L-BFGS-B", options=options
-    ).x.reshape(shape[0] + 1, classes)
-    kernel = found[:-1] / spread[:, None]
-    bias = found[-1] - mean @ kernel
+        objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options
+    )
+    if found.nit >= iterations:
+        warnings.warn(
+            f"the head is not at its optimum after {iterations} iterations: the gradient's "
+            f"largest entry is {np.abs(found.jac).max():.1g}",
+            stacklevel=2,
+        )
+    weights = found.x.reshape(shape)
+    kernel = weights[:-1] / spread[:, None]
+    bias = weights[-1] - mean @ kernel
     return {"params": {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}}
+
+
+@jax.jit
+@jax.value_and_grad
+def _value_and_gradient(weights, x, y, decay):
+    """The loss of a kernel [d, classes] with its bias as a last row."""
+    kernel, bias = weights[:-1], weights[-1]
+    fit = losses.cross_entropy(x @ kernel + bias, y).mean()
+    return fit + decay / 2 * jnp.square(kernel).sum()

@@ -106,12 +106,17 @@ def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = No
         beta: weight of the KL term, >= 0.
         eps_schedule: as for `adversarial`.
 
+    Raises:
+        ValueError: beta < 0, a schedule for an attack without an eps of its own, or an attack that
+            starts at x.
+
     Both halves pass the network as one batch, so BatchNorm sees their common statistics.
 
     Source: Zhang et al. 2019, eq. 5 and algorithm 1.
     """
     check_number("beta", beta, low=0)
     check_scalable(attack, eps_schedule)
+    check_starts_off(attack, "the divergence from x's own answer")
 
     def perturb(context, images, labels):
         scaled = scaled_attack(attack, eps_schedule, context.step)
@@ -281,6 +286,14 @@ def scaled_attack(attack: Any, eps_schedule: Schedule | None, step: Array) -> An
     fields = {name: getattr(attack, name, None) for name in scaled}
     fields = {name: value * factor for name, value in fields.items() if value is not None}
     return dataclasses.replace(attack, **fields)
+
+
+def check_starts_off(attack: Any, distance: str) -> None:
+    """Refuses an attack that starts at x, where a distance from x has no gradient."""
+    if getattr(attack, "start", None) == "none":
+        raise ValueError(
+            f"attack must start at random: at x {distance} has no gradient, got start='none'"
+        )
 
 
 def check_scalable(attack: Any, eps_schedule: Schedule | None) -> None:

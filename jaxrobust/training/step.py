@@ -1,9 +1,11 @@
 """The training step: one per-device function made of a model, an optimizer and an objective."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxrobust import parallel
@@ -55,7 +57,8 @@ def train_step(
         the objective's own, such as accuracy on the adversarial batch.
 
     Raises:
-        ValueError: an option out of its range; when traced, b not divisible by `accumulate`.
+        ValueError: an option out of its range; when traced, b not divisible by `accumulate`, or a
+            state that was made for another step, with or without an EMA or the objective's `extra`.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be >= 1, got {accumulate}")
@@ -65,19 +68,58 @@ def train_step(
     frozen = model.config.get("frozen", ())
 
     def step(state: TrainState, batch: dict, axis_name: str | None = None):
-        run = lambda carry, part: _part_gradient(  # noqa: E731
-            model, objective, augment, dtype, axis_name, state, carry, part
-        )
+        _check_state(state, objective, ema_decay)
+        run = partial(_part_gradient, model, objective, augment, dtype, axis_name, state)
         carry = (state.batch_stats, state.extra)
         if accumulate == 1:
-            carry, (gradients, metrics) = run(carry, batch)
+            carry, gradients, found = run(carry, batch)
         else:
-            carry, outs = jax.lax.scan(run, carry, _parts(batch, accumulate))
-            gradients, metrics = jax.tree.map(lambda leaf: leaf.mean(0), outs)
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
+            carry, gradients, found = _accumulated(
+                run, carry, state.params, batch, accumulate, axis_name
+            )
+        # Once for all parts.
+        gradients, measured = parallel.mean((gradients, found.measured), axis_name)
+        metrics = {**measured, **found.reported, "gradient_norm": optax.tree.norm(gradients)}
         return _update(optimizer, ema_decay, frozen, state, carry, gradients), metrics
 
     return step
+
+
+class _Found(NamedTuple):
+    """Metrics of one part: of this device's examples, and of all devices' already."""
+
+    measured: dict
+    reported: dict
+
+
+def _check_state(state: TrainState, objective: Objective, ema_decay: float | None) -> None:
+    """Refuses, when traced, a state that was not made for this step."""
+    if ema_decay is not None and state.ema is None:
+        raise ValueError("ema_decay needs a state with an EMA: create_state(..., ema=True)")
+    if ema_decay is None and state.ema is not None:
+        raise ValueError(
+            "a state with an EMA needs train_step(..., ema_decay=...): it would stay as it began"
+        )
+    wanted, found = ({} if extra is None else extra for extra in (objective.extra, state.extra))
+    if jax.tree.structure(wanted) != jax.tree.structure(found):
+        raise ValueError(
+            f"the state's extra must be the objective's, create_state(..., extra=objective.extra): "
+            f"expected {jax.tree.structure(wanted)}, got {jax.tree.structure(found)}"
+        )
+
+
+def _accumulated(run, carry, params, batch, count, axis_name):
+    """As one part's, with the means over all: one sum of gradients in memory, however many."""
+
+    def add(carry, part):
+        rest, total = carry
+        rest, gradients, found = run(rest, part)
+        return (rest, jax.tree.map(jnp.add, total, gradients)), found
+
+    nothing = parallel.varying(jax.tree.map(jnp.zeros_like, params), axis_name)
+    (carry, total), found = jax.lax.scan(add, (carry, nothing), _parts(batch, count))
+    gradients = jax.tree.map(lambda leaf: leaf / count, total)
+    return carry, gradients, jax.tree.map(lambda leaf: leaf.mean(0), found)
 
 
 def _parts(batch, count):
@@ -88,7 +130,7 @@ def _parts(batch, count):
 
 
 def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, batch):
-    """(batch_stats, extra) and (gradients, metrics) after one part of the batch."""
+    """(batch_stats, extra), this device's gradients, and metrics, after one part of the batch."""
     batch_stats, extra = carry
     images, labels, salience = batch["image"], batch["label"], batch.get("salience")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
@@ -114,15 +156,14 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
         losses, measured, stats = objective.loss(context, forward, images, x_adv, labels)
         return losses.mean(), (stats, measured)
 
-    def gradient_fn(params):
-        return parallel.mean_gradient(mean_loss, params, axis_name)
-
     params = state.params
     if objective.move_weights is not None:
-        params = objective.move_weights(lambda p: gradient_fn(p)[1], params, state.step)
-    (loss, (batch_stats, measured)), gradients = gradient_fn(params)
-    metrics = {"loss": loss, **parallel.mean(measured, axis_name), **metrics}
-    return (batch_stats, extra), (gradients, metrics)
+        # All devices move to the same weights.
+        gradient_fn = lambda p: parallel.mean_gradient(mean_loss, p, axis_name)[1]  # noqa: E731
+        params = objective.move_weights(gradient_fn, params, state.step)
+    params = parallel.varying(params, axis_name)
+    (loss, (batch_stats, measured)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    return (batch_stats, extra), gradients, _Found({"loss": loss, **measured}, metrics)
 
 
 def _held(frozen, new, old):
@@ -138,8 +179,6 @@ def _update(optimizer, ema_decay, frozen, state, carry, gradients):
     params = _held(frozen, params, state.params)
     ema = state.ema
     if ema_decay is not None:
-        if ema is None:
-            raise ValueError("ema_decay needs a state with an EMA: create_state(..., ema=True)")
         ema = optax.incremental_update((params, batch_stats), ema, 1 - ema_decay)
         # A mean of equal numbers differs from them by its rounding.
         ema = tuple(_held(frozen, *parts) for parts in zip(ema, state.ema, strict=True))
