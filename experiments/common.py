@@ -1,6 +1,7 @@
 """What every experiment shares: command line, results file, and where a figure came from."""
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -10,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -46,6 +48,8 @@ def arguments(
 ) -> argparse.Namespace:
     """The command line of an experiment, with the device options carried out already.
 
+    What cannot work ends here with a line of usage, before any data is loaded.
+
     Args:
         doc: the script's docstring, shown by --help.
         presets: by name.
@@ -55,12 +59,34 @@ def arguments(
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=list(presets), default=default)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are written")
-    parser.add_argument("--runs", type=Path, help="checkpoints and weights (default: runs/)")
+    parser.add_argument(
+        "--preset",
+        choices=list(presets),
+        default=default,
+        help=f"how much is run (default: {default})",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="where results are written, and found: cells that are in the file already are not run "
+        "again (default: experiments/results, which holds the README's)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="checkpoints and weights (default: OUT/runs, or runs beside the README without --out)",
+    )
     parser.add_argument("--plot-only", action="store_true", help="draw from the results file")
-    parser.add_argument("--devices", type=int, help="how many (CPU default: one per core)")
-    parser.add_argument("--mapping", choices=parallel.MAPPINGS, default="shard_map")
+    parser.add_argument(
+        "--devices", type=int, help="how many (default: all; a CPU counts as one per core, or 8)"
+    )
+    parser.add_argument(
+        "--mapping",
+        choices=parallel.MAPPINGS,
+        default="shard_map",
+        help="how a training step gets to all devices (default: shard_map)",
+    )
     parser.add_argument("--coordinator", help="host:port of process 0, for several hosts")
     parser.add_argument("--processes", type=int, help="how many hosts; found on pods and SLURM")
     parser.add_argument("--process", type=int, help="which host this is, from 0")
@@ -72,8 +98,58 @@ def arguments(
         ROOT.parent / "runs" if options.out == RESULTS else options.out / "runs"
     )
     options.experiment = Path(sys.argv[0]).stem
+    problem = _problem(options, presets.get(options.preset))
+    if problem:
+        parser.error(problem)
     _start(options, devices or min(os.cpu_count() or 1, 8))
+    # A CPU is split into as many as are asked for; others have what they have.
+    if options.devices and options.devices > jax.device_count():
+        parser.error(f"--devices: there are {jax.device_count()}, got {options.devices}")
     return options
+
+
+def _problem(options: argparse.Namespace, config: Any) -> str | None:
+    """What is wrong with a command line, or None."""
+    if options.devices is not None and options.devices < 1:
+        return f"--devices must be >= 1, got {options.devices}"
+    for size in sorted(_batch_sizes(config)) if options.devices else ():
+        if size % options.devices and not options.plot_only:
+            return f"--devices must divide the batches of {size}, got {options.devices}"
+    numbers = {"--processes": options.processes, "--process": options.process}
+    given = [name for name, number in numbers.items() if number is not None]
+    if given and not options.coordinator:
+        return f"{given[0]} needs --coordinator host:port"
+    if len(given) == 1:
+        missing = next(name for name in numbers if name not in given)
+        return f"{given[0]} needs {missing}"
+    if given and not 0 <= options.process < options.processes:
+        return f"--process must be in [0, {options.processes}), got {options.process}"
+    return _unwritable("--out", options.out) or _unwritable("--runs", options.runs)
+
+
+def _batch_sizes(config: Any) -> set[int]:
+    """What a preset trains with: every `batch_size` that stands beside a number of epochs.
+
+    Others are of evaluations, which round them to the devices.
+    """
+    if dataclasses.is_dataclass(config):
+        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if not isinstance(config, Mapping):
+        return set()
+    own = {config["batch_size"]} if {"batch_size", "epochs"} <= config.keys() else set()
+    return own.union(*map(_batch_sizes, config.values()))
+
+
+def _unwritable(name: str, folder: Path) -> str | None:
+    """Why no file can be put into a folder, or into the nearest one above it; None if one can."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return f"{name}: {folder} cannot be written: {error.strerror}"
 
 
 def _start(options, devices):
@@ -133,11 +209,13 @@ class Results:
     """
 
     def __init__(self, path: Path, experiment: str, preset: str, config: Any):
-        """Opens `path` if it exists; `config` is the experiment's frozen dataclass."""
-        self.path, self.lock = path, None
+        """Opens `path` if it exists, and says so; `config` is the experiment's frozen dataclass."""
+        self.path, self.lock, self.commit = path, None, "unknown"
         config = json.loads(json.dumps(dataclasses.asdict(config)))
         self.record = {"experiment": experiment, "preset": preset, "config": config, "cells": []}
         self.read()
+        if self.cells:
+            print(self.found(), file=sys.stderr)
 
     def read(self) -> None:
         """Takes up the cells that are in the file by now."""
@@ -148,6 +226,17 @@ class Results:
                     f"{self.path} holds another configuration: move it away to run anew"
                 )
             self.record["cells"] = found["cells"]
+            # Older cells have no commit of their own.
+            self.commit = found.get("commit", "unknown")
+
+    def found(self) -> str:
+        """How many cells are in the file, from which commits, and how to run them anew."""
+        commits = collections.Counter(cell.get("commit", self.commit)[:7] for cell in self.cells)
+        of = ", ".join(f"{count} of commit {name}" for name, count in commits.items())
+        return (
+            f"{self.path} holds {len(self.cells)} cells ({of}), which are not run again: "
+            "another --out runs all"
+        )
 
     @property
     def cells(self) -> list[dict]:
