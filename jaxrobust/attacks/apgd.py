@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from jaxrobust import balls
 from jaxrobust.attacks import apgd_step, box, classifier, inputs, loop, scheduler
+from jaxrobust.attacks.pgd import finite_gradient, loss_and_gradient
 from jaxrobust.attacks.value import LossFn, Number, attack_value
 
 
@@ -84,17 +85,10 @@ def _begin(plan, bounds, eps, x, keys, mask):
 def _advance(static, i, state, operands):
     loss_fn, (norm, steps, large_radii), bounds = static
     base, eps, rho, args = operands
-
-    def total(x):
-        values = loss_fn(x, *args)
-        if values.shape != x.shape[:1]:
-            raise ValueError(f"loss_fn must return [{x.shape[0]}] losses, got {values.shape}")
-        return values.sum(), values
-
-    grad, loss = jax.grad(total, has_aux=True)(base + state.delta)
+    loss, grad = loss_and_gradient(loss_fn, base + state.delta, args)
     unbroken = jnp.zeros(loss.shape, bool)
     return apgd_step.advance(
-        state, loss, unbroken, grad, base, eps,
+        state, loss, unbroken, finite_gradient(grad), base, eps,
         bounds=bounds, norm=norm, steps=steps, large_radii=large_radii, rho=rho,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxrobust import balls
 from jaxrobust.attacks import inputs, loop, nearest
+from jaxrobust.attacks.pgd import finite_gradient
 from jaxrobust.attacks.value import Number, attack_value
 
 # Images are drawn in from the box's faces by this share before arctanh, which is infinite there.
@@ -104,6 +105,7 @@ def _step(static, i, carry, operands):
         return losses.sum(), (x_adv, logits, margin, jnp.sqrt(distance))
 
     (_, seen), grad = jax.value_and_grad(objective, has_aux=True)(shift)
+    grad = finite_gradient(grad)
     x_adv, logits, margin, size = seen
     moved = jnp.ones(size.shape, bool)
     success = nearest.succeeded(logits, frame.classes, targeted, moved) & (margin >= confidence)

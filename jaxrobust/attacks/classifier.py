@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from jaxrobust import balls, losses, metrics
 from jaxrobust.attacks import inputs, scheduler
+from jaxrobust.attacks.pgd import finite_gradient
 from jaxrobust.losses.classification import DLR_EPSILON
 
 LogitsFn = Callable[..., Array]
@@ -50,9 +51,13 @@ def _margin(logits, labels, targets):
 
 
 def _three_class_dlr(logits, labels, targets):
-    pick = lambda classes: jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]  # noqa: E731
     gap = logits.max(1) - logits.min(1)
-    return (pick(targets) - pick(labels)) / (gap + DLR_EPSILON)
+    return (pick(logits, targets) - pick(logits, labels)) / (gap + DLR_EPSILON)
+
+
+def pick(logits: Array, classes: Array) -> Array:
+    """The logit of each row's class: [b] of [b, k]."""
+    return jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]
 
 
 def evaluate(
@@ -61,8 +66,8 @@ def evaluate(
     """Loss [b], misclassification [b] and gradient [b, ...] of one forward and backward pass.
 
     With `draws` > 0 the model is random, `logits_fn(x, keys, *args)`: loss and gradient are means
-    over so many draws, and an example is misclassified where most of its draws are. A gradient that
-    is not finite is 0: it must not carry the image out of ball and box.
+    over so many draws, and an example is misclassified where most of its draws are. The gradient
+    is made finite.
     """
 
     def total(x, *keys):
@@ -73,7 +78,7 @@ def evaluate(
     gradient = jax.grad(total, has_aux=True)
     if not draws:
         grad, (values, wrong) = gradient(x)
-        return values, wrong, _finite(grad)
+        return values, wrong, finite_gradient(grad)
 
     def add(i, sums):
         grad, (values, wrong) = gradient(x, inputs.fold(rows.keys, i))
@@ -81,11 +86,7 @@ def evaluate(
 
     none = inputs.per_example(x, 0)
     values, wrong, grad = jax.lax.fori_loop(0, draws, add, (none, none, jnp.zeros_like(x)))
-    return values / draws, wrong > draws / 2, _finite(grad / draws)
-
-
-def _finite(grad):
-    return jnp.where(jnp.isfinite(grad), grad, 0)
+    return values / draws, wrong > draws / 2, finite_gradient(grad / draws)
 
 
 def predict(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxrobust import balls
 from jaxrobust.attacks import inputs, loop, nearest
+from jaxrobust.attacks.pgd import finite_gradient
 from jaxrobust.attacks.value import Number, attack_value
 
 NORMS = ("linf", "l2")
@@ -90,14 +91,16 @@ def _move(static, carry, operands):
     best, success, _ = nearest.look(frame, best, x_adv, logits, targeted, norm)
     done = done | success
     grads = jax.vmap(lambda difference: pull(difference)[0])(differences)  # [k, b, ...]
-    grads = jnp.where(frame.high > frame.low, grads, 0)
+    grads = jnp.where(frame.high > frame.low, finite_gradient(grads), 0)
     gaps = (differences * logits).sum(2)  # [k, b], < 0 before its boundary
     size_of = functools.partial(balls.norms, norm="l2" if norm == "l2" else "l1")
     distances = jnp.abs(gaps) / jnp.maximum(jax.vmap(size_of)(grads), _TINY)
+    distances = jnp.where(jnp.isnan(distances), jnp.inf, distances)
     # A target has to pass all others: first the one that is furthest ahead.
     chosen = gaps.argmin(0) if targeted else distances.argmin(0)
     distance, grad = _pick(distances, chosen), _pick(grads, chosen)
     direction = nearest.unit(grad) if norm == "l2" else jnp.sign(grad)
+    distance = jnp.where(jnp.isinf(distance), 0, distance)  # no boundary is in sight
     length = (1 + overshoot) * (distance + _LEAST_STEP * nearest.widths(bounds))
     moved = jnp.clip(x_adv + nearest.rows(length, grad) * direction, frame.low, frame.high)
     return jnp.where(nearest.rows(done, x_adv), x_adv, moved), done, best

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from jaxrobust import balls
 from jaxrobust.attacks import classifier, hyperplane, inputs, scheduler
+from jaxrobust.attacks.pgd import finite_gradient
 from jaxrobust.attacks.value import Number, attack_value
 
 _ALPHA_MAX, _OVERSHOOT, _BACK = 0.1, 1.05, 0.9
@@ -184,15 +185,14 @@ class Search:
 
 def _towards_target(logits_fn, x, rows, args, norm):
     """Gap z_t - z_y [b] and its gradient."""
-    pick = lambda z, c: jnp.take_along_axis(z, c[:, None], 1)[:, 0]  # noqa: E731
 
     def total(x):
         logits = logits_fn(x, *args)
-        gap = pick(logits, rows.targets) - pick(logits, rows.labels)
+        gap = classifier.pick(logits, rows.targets) - classifier.pick(logits, rows.labels)
         return gap.sum(), gap
 
     gradient, gap = jax.grad(total, has_aux=True)(x)
-    return gap, gradient
+    return finite_gradient(gap), finite_gradient(gradient)
 
 
 def _towards_nearest(logits_fn, x, rows, args, norm):
@@ -203,12 +203,14 @@ def _towards_nearest(logits_fn, x, rows, args, norm):
     others = jnp.broadcast_to(jnp.eye(classes)[:, None], (classes, batch, classes))
     # One by one: side by side, a thousand classes would hold a thousand backward passes.
     gradients = jax.lax.map(lambda c: pull(c)[0], others - own)  # [classes, b, ...]
-    gaps = logits - jnp.sum(own * logits, 1, keepdims=True)
+    gradients = finite_gradient(gradients)
+    gaps = logits - classifier.pick(logits, rows.labels)[:, None]
     lengths = jax.vmap(lambda g: _DUAL[norm](g.reshape(batch, -1)))(gradients).T
-    distance = jnp.where(own > 0, jnp.inf, jnp.abs(gaps) / (lengths + 1e-12))
+    out = (own > 0) | jnp.isnan(gaps)
+    distance = jnp.where(out, jnp.inf, jnp.abs(gaps) / (lengths + 1e-12))
     nearest = distance.argmin(1)
     rows_of = jnp.arange(batch)
-    return gaps[rows_of, nearest], gradients[nearest, rows_of]
+    return finite_gradient(gaps[rows_of, nearest]), gradients[nearest, rows_of]
 
 
 _DUAL: dict[str, Callable] = {

@@ -183,6 +183,7 @@ def _step_fmn(static, i, carry, operands):
     else:
         slope = jnp.maximum(balls.norms(grad, _DUAL[norm]), _TINY)
         reach = (size + jnp.abs(margin_of(logits)) / slope) * (1 + _BEYOND)
+        reach = jnp.where(jnp.isnan(reach), jnp.inf, reach)
         eps = _next_radius(eps, gamma, success, best, reach)
     eps = jnp.minimum(eps, worst)
     step = width * _cosine(i, steps, step_size, step_size / 100)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jaxrobust import balls, losses
 from jaxrobust.attacks import inputs
+from jaxrobust.attacks.pgd import finite_gradient
 from jaxrobust.losses._checks import check_labels
 
 LogitsFn = Callable[..., Array]
@@ -295,11 +296,11 @@ def finish(
 def gradient(
     loss_of_logits: Callable[[Array], Array], logits_fn: LogitsFn, x: Array, args: tuple
 ) -> tuple[Array, Any]:
-    """D loss_i / d x_i and the logits, from one forward pass."""
+    """D loss_i / d x_i, made finite, and the logits, from one forward pass."""
 
     def summed(x):
         logits = logits_fn(x, *args)
         return loss_of_logits(logits).sum(), logits
 
     (_, logits), grad = jax.value_and_grad(summed, has_aux=True)(x)
-    return grad, logits
+    return finite_gradient(grad), logits

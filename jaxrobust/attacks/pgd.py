@@ -129,7 +129,7 @@ def _step(static, i, carry, operands):
     delta, velocity = carry
     base, eps, step, room, momentum, args = operands
     ball = balls.ball(norm)
-    grad = input_gradient(loss_fn, base + delta, args)
+    grad = finite_gradient(input_gradient(loss_fn, base + delta, args))
     if velocity is not None:
         size = jnp.abs(grad).mean(tuple(range(1, grad.ndim)), keepdims=True)
         velocity = momentum * velocity + grad / jnp.where(size > 0, size, 1)
@@ -139,11 +139,16 @@ def _step(static, i, carry, operands):
 
 
 def input_gradient(loss_fn: LossFn, x: Array, args: tuple = ()) -> Array:
-    """D loss_i / d x_i for every example i of the batch, [b, ...].
+    """D loss_i / d x_i for every example i of the batch, [b, ...], finite or not.
 
     Raises:
         ValueError: the loss is not one number per example.
     """
+    return loss_and_gradient(loss_fn, x, args)[1]
+
+
+def loss_and_gradient(loss_fn: LossFn, x: Array, args: tuple) -> tuple[Array, Array]:
+    """The losses [b] and `input_gradient` of one forward and backward pass."""
 
     def total(x):
         losses = loss_fn(x, *args)
@@ -152,9 +157,19 @@ def input_gradient(loss_fn: LossFn, x: Array, args: tuple = ()) -> Array:
                 f"loss_fn must return one loss per example, ({x.shape[0]},), "
                 f"got shape {jnp.shape(losses)}"
             )
-        return losses.sum()
+        return losses.sum(), losses
 
-    return jax.grad(total)(x)
+    grad, losses = jax.grad(total, has_aux=True)(x)
+    return losses, grad
+
+
+def finite_gradient(grad: Array) -> Array:
+    """A gradient with 0 where it is NaN or infinite, as that of a root is at a black pixel.
+
+    All attacks take theirs through here: one such pixel must not stop the others, nor carry the
+    image out of ball and box.
+    """
+    return jnp.where(jnp.isfinite(grad), grad, 0)
 
 
 @attack_value(data=("eps", "noise", "step_size"), meta=("start", "bounds"))
@@ -225,7 +240,7 @@ def _n_fgsm_start(attack, x, keys, mask):
 
 @jax.jit(static_argnums=0)
 def _n_fgsm_step(loss_fn, base, step, room, eta, args):
-    grad = input_gradient(loss_fn, base + eta, args)
+    grad = finite_gradient(input_gradient(loss_fn, base + eta, args))
     return jnp.clip(eta + step * jnp.sign(grad), *room)
 
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust import losses
-from jaxrobust.attacks import inputs
+from jaxrobust.attacks import classifier, inputs
 from jaxrobust.attacks.value import LossFn, attack_value
 
 Attack = Any  # anything called as attack(loss_fn, x, key, mask=None, args=())
@@ -203,16 +203,16 @@ class _TowardsTarget(_LossOfLogits):
 class _TargetMargin(_LossOfLogits):
     def __call__(self, x, labels, targets, *args):
         logits = self.logits_fn(x, *args)
-        pick = lambda classes: jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]  # noqa: E731
-        return pick(targets) - pick(labels)
+        return classifier.pick(logits, targets) - classifier.pick(logits, labels)
 
 
 class Margin(_LossOfLogits):
-    """How far the likeliest wrong class is ahead of the true one."""
+    """How far the likeliest wrong class is ahead of the true one; no answer is a wrong one."""
 
     def __call__(self, x, labels, *args):
         """[b] margins."""
-        return losses.margin(self.logits_fn(x, *args), labels)
+        logits = self.logits_fn(x, *args)
+        return jnp.where(jnp.isnan(logits).any(1), jnp.inf, losses.margin(logits, labels))
 
 
 def _checked(logits_fn, x, labels, args):
@@ -242,6 +242,7 @@ def worst(score_fn, runs: Iterable[Array], args):
 @jax.jit(static_argnums=0)
 def _keep(score_fn, best, best_score, x_adv, args):
     score = score_fn(x_adv, *args)
+    score = jnp.where(jnp.isnan(score), -jnp.inf, score)  # nothing would be larger than NaN
     if best is None:
         return x_adv, score
     better = score > best_score
