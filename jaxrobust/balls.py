@@ -57,6 +57,7 @@ def broadcast_radius(
         ValueError: no way to read the shape.
     """
     eps = jnp.asarray(eps, x.dtype)
+    given = eps.shape
     if eps.ndim == 0:
         return eps
     if eps.ndim == 1 and eps.shape[0] == x.shape[0]:
@@ -67,7 +68,7 @@ def broadcast_radius(
     if not fits:
         raise ValueError(
             f"{name} must be a number, [{x.shape[0]}] or a map that broadcasts to {x.shape}, "
-            f"got shape {eps.shape}"
+            f"got shape {given}"
         )
     return eps
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrobust import attacks, losses
+from jaxrobust.attacks import inputs
 from tests.test_apgd import BATCH, GOLDENS, KEY, LABELS, X, logits_fn
 
 KEYS = attacks.example_keys(jax.random.key(5), BATCH)
@@ -61,21 +62,57 @@ def test_a_backward_of_its_own_gives_the_gradient():
         attacks.bpda(shattered, lambda x: x[:, :1])(X)
 
 
+def shifted(x):
+    return logits_fn(x + 0.15)
+
+
+def darkened(x):
+    return logits_fn(x - 0.15)
+
+
+def masked(x):
+    return jax.lax.stop_gradient(logits_fn(x))
+
+
 def test_transfer_keeps_the_surrogate_that_the_target_takes_worst():
-    other = lambda x: logits_fn(x + 0.02)  # noqa: E731
-    useless = lambda x: logits_fn(1 - x)  # noqa: E731
-    masked = lambda x: jax.lax.stop_gradient(logits_fn(x))  # noqa: E731
-    margin = lambda x: losses.margin(logits_fn(x), LABELS)  # noqa: E731
-    both = attacks.transfer(PGD, useless, other)(masked, X, LABELS, KEY)
-    singles = [attacks.transfer(PGD, s)(masked, X, LABELS, KEY) for s in (useless, other)]
-    assert margin(both).mean() > margin(X).mean()
-    assert margin(both).mean() >= margin(singles[0]).mean()
-    white_box = PGD(lambda x: margin(x), X, KEY)
-    assert margin(both).mean() <= margin(white_box).mean() + 1e-3
+    both = attacks.transfer(PGD, shifted, darkened)(masked, X, LABELS, KEYS)
+    singles = []
+    for i, surrogate in enumerate((shifted, darkened)):
+        own = lambda x, y, f=surrogate: losses.margin(f(x), y)  # noqa: E731
+        singles.append(PGD(own, X, inputs.fold(KEYS, i), args=(LABELS,)))
+    scores = np.stack([losses.margin(logits_fn(x), LABELS) for x in singles])
+    best = scores.argmax(0)
+    assert 0.1 < best.mean() < 0.9  # each surrogate wins some rows
+    np.testing.assert_allclose(both, np.stack(singles)[best, np.arange(BATCH)], atol=1e-6)
+    assert scores.max(0).mean() > losses.margin(logits_fn(X), LABELS).mean()
+
+
+def test_transfer_names_what_is_wrong():
     with pytest.raises(ValueError, match="at least one surrogate"):
         attacks.transfer(PGD)
+    attack = attacks.transfer(PGD, shifted, darkened)
     with pytest.raises(ValueError, match="one entry per surrogate, 2, got 1"):
-        attacks.transfer(PGD, other, useless)(masked, X, LABELS, KEY, surrogate_args=((),))
+        attack(masked, X, LABELS, KEY, surrogate_args=((),))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\)"):
+        attack(masked, X, LABELS + 5, KEY)
+
+
+def test_transfer_is_a_value_whose_radius_is_no_part_of_the_program():
+    traces = []
+
+    def counted(x):
+        traces.append(1)
+        return shifted(x)
+
+    make = lambda eps: attacks.transfer(attacks.linf_pgd(eps, 2), counted)  # noqa: E731
+    assert make(0.1) == make(0.1)
+    assert jax.tree.leaves(make(0.1)) == [0.1]
+    run = jax.jit(lambda attack: attack(masked, X, LABELS, KEY))
+    small, large = run(make(0.01)), run(make(0.03))
+    assert jnp.abs(small - X).max() <= 0.01 + 1e-6 < jnp.abs(large - X).max()
+    first = len(traces)
+    run(make(0.02))
+    assert len(traces) == first
 
 
 def encode(x):

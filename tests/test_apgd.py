@@ -170,7 +170,7 @@ def test_two_and_three_classes_have_a_loss_of_their_own():
         ({"eps": -0.1}, "eps must be >= 0, got -0.1"),
         ({"norm": "l3"}, "norm must be one of"),
         ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
-        ({"rho": 0}, "rho must be > 0, got 0"),
+        ({"rho": 0}, r"rho must lie in \(0, 1\), got 0"),
         ({"large_radii": True}, "large_radii needs l1"),
         ({"loop": "long"}, "loop must be one of"),
         ({"bounds": (1.0, 0.0)}, "bounds must be"),

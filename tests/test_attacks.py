@@ -254,6 +254,18 @@ def test_attacks_are_values():
             attack.eps = 1.0
 
 
+def test_attacks_of_arrays_compare_by_value():
+    make = lambda *eps: attacks.l2_pgd(jnp.array(eps), 7)  # noqa: E731
+    assert make(0.1, 0.2) == make(0.1, 0.2)
+    assert make(0.1, 0.2) != make(0.1, 0.3)
+    assert make(0.1, 0.2) != make(0.1)
+    assert attacks.restarts(make(0.1, 0.2), 2) == attacks.restarts(make(0.1, 0.2), 2)
+    assert attacks.l2_pgd(0.5) == attacks.l2_pgd(np.float32(0.5))
+    assert hash(attacks.l2_pgd(0.5)) == hash(attacks.l2_pgd(np.float32(0.5)))
+    assert attacks.l2_pgd(0.5) != attacks.l2_pgd(0.5, 7)
+    assert attacks.l2_pgd(0.5) != "l2_pgd"
+
+
 def test_no_gradient_flows_through_the_attack():
     def adversarial_loss(w, x, attack):
         return wavy(attack(wavy, x, KEY, args=(w,)), w).sum()
@@ -304,7 +316,7 @@ def test_an_empty_batch_stays_empty(name):
 def test_custom_bounds_are_kept_to_the_last_bit():
     low, high = np.float32(-2.1179), np.float32(2.64)
     x = np.random.default_rng(0).uniform(low, high, (4, 30, 20, 1)).astype(np.float32)
-    x_adv = attacks.fgsm(5.0, bounds=(-2.1179, 2.64))(linear, x, args=(np.sign(x),))
+    x_adv = attacks.fgsm(4.7, bounds=(-2.1179, 2.64))(linear, x, args=(np.sign(x),))
     assert np.all((x_adv >= low) & (x_adv <= high))
     np.testing.assert_allclose(x_adv, np.where(x > 0, high, low), atol=1e-6)
 

@@ -107,6 +107,20 @@ def test_a_row_without_an_answer_stays_in_ball_and_box_and_touches_no_other(name
     assert np.any(whole[rest] != x[rest])
 
 
+@pytest.mark.parametrize("name", ["square", "spatial", "fab", "fab_t", "apgd_ce"])
+def test_no_answer_is_a_wrong_one(name):
+    def gives_up(x):
+        """No answer off the middle, which argmax takes for class 0; a slope that leads there."""
+        z = jnp.stack([jnp.ones(len(x)), x.sum((1, 2, 3)) / 2 - 2.5], 1)
+        return jnp.where((x == 0.5).all((1, 2, 3))[:, None], z, jnp.nan)
+
+    x, labels = jnp.full((4, 3, 3, 1), 0.5), jnp.zeros(4, int)
+    attack = CLASSIFIER[name][2]
+    x_adv = attack(gives_up, x, labels, KEY)
+    assert np.isfinite(x_adv).all()
+    assert np.all((x_adv != x).any((1, 2, 3)))
+
+
 def test_auto_pgd_leaves_a_start_without_a_loss():
     def holed(x):
         """No number where some starts lie; its slope leads out of there."""

@@ -38,6 +38,8 @@ CLASSIFIER_ATTACKS = {
     "apgd_t": attacks.apgd_t("l2", 0.4, steps=2, targets=2),
     "fab": attacks.fab("linf", 0.2, steps=2),
     "square": attacks.square("linf", 0.2, queries=3),
+    "spatial": attacks.spatial(grid=(3, 2, 2)),
+    "patch": attacks.patch((1, 2), places=2, steps=3),
 }
 
 

@@ -94,7 +94,7 @@ def test_attacks_are_values():
 WRONG = {
     "norm must be one of .*got 'l1'": lambda: hop_skip_jump("l1"),
     "steps must be a whole number >= 1, got 0": lambda: hop_skip_jump(steps=0),
-    "evaluations must be >= 1, got 0": lambda: hop_skip_jump(evaluations=0),
+    "evaluations must be a whole number >= 1, got 0": lambda: hop_skip_jump(evaluations=0),
     "gamma must be > 0, got 0": lambda: hop_skip_jump(gamma=0.0),
     "bounds must be finite": lambda: hop_skip_jump(bounds=None),
     "starts must have x's shape": lambda: ATTACKS["l2"](

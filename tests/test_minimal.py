@@ -253,8 +253,8 @@ WRONG = {
     "searches must be a whole number >= 1, got 0": lambda: attacks.cw_l2(0),
     "bounds must be finite": lambda: attacks.cw_l2(bounds=None),
     "gamma must be > 0, got -1": lambda: attacks.ddn(gamma=-1),
-    "levels must be >= 2, got 1": lambda: attacks.ddn(levels=1),
-    "candidates must be >= 1, got 0": lambda: attacks.deepfool(candidates=0),
+    "levels must be a whole number >= 2, got 1": lambda: attacks.ddn(levels=1),
+    "candidates must be a whole number >= 1, got 0": lambda: attacks.deepfool(candidates=0),
     "targets must differ from labels, got class 2 as both in row 3": lambda: ATTACKS["ddn"](
         logits_fn, X, LABELS + 2, args=(WEIGHTS,), targets=LABELS.at[3].set(2)
     ),

@@ -81,10 +81,11 @@ def test_it_runs_as_the_scheduler_asks():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "size must be one or two whole numbers"),
+        ({"size": 0}, "size must be a whole number >= 1, got 0"),
         ({"size": (2, 3, 1)}, "size must be one or two whole numbers"),
         ({"size": 2, "places": 0}, "places must be a whole number >= 1"),
         ({"size": 2, "eps": -1.0}, "eps must be >= 0"),
+        ({"size": 2, "eps": 8}, "8 / 255, not 8"),
         ({"size": 2, "steps": 0}, "steps"),
     ],
 )

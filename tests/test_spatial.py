@@ -99,11 +99,13 @@ def test_the_widest_moves_come_first():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eps": 1.5}, "eps must be a share of shift and rotation, at most 1, got 1.5"),
-        ({"eps": -0.1}, "eps must be >= 0"),
+        ({"eps": 1.5}, r"eps must lie in \[0, 1\], got 1.5"),
+        ({"eps": -0.1}, r"eps must lie in \[0, 1\], got -0.1"),
         ({"shift": 3}, "shift must be in sides of the image"),
         ({"rotation": -5}, "rotation must be in degrees"),
         ({"grid": (5, 5)}, "grid must be three whole numbers >= 1"),
+        ({"grid": (5, 5, 0)}, "grid must be a whole number >= 1, got 0"),
+        ({"bounds": (0.0, np.inf)}, "bounds must be finite"),
         ({"loop": "while"}, "loop"),
     ],
 )

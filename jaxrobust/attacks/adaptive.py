@@ -20,8 +20,8 @@ from jaxtyping import Array
 
 from jaxrobust import losses
 from jaxrobust.attacks import inputs
-from jaxrobust.attacks.value import LossFn
-from jaxrobust.attacks.wrap import LogitsFn, Margin, worst
+from jaxrobust.attacks.value import LossFn, attack_value
+from jaxrobust.attacks.wrap import LogitsFn, Margin, check_takes_loss, checked, worst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,14 @@ class EOT:
 
         Args:
             x: [b, ...].
-            keys: [b] typed keys.
+            keys: [b] typed keys; or one, folded with each row's number.
             args: what the loss takes besides.
         """
         # Noise is drawn anew at every point: a function of key and point stays pure, and two steps
         # of an attack do not climb the same draw.
         sums = jax.lax.stop_gradient(x).reshape(x.shape[0], -1).sum(1).astype(jnp.float32)
         bits = jax.lax.bitcast_convert_type(sums, jnp.uint32)
-        here = jax.vmap(jax.random.fold_in)(keys, bits)
+        here = jax.vmap(jax.random.fold_in)(inputs.example_keys(keys, x.shape[0]), bits)
 
         def one(total, number):
             return total + self.loss_fn(x, inputs.fold(here, number), *args), None
@@ -61,9 +61,7 @@ def eot(loss_fn: LossFn, draws: int = 20) -> EOT:
 
     Source: Athalye et al. 2018 (Synthesizing robust adversarial examples).
     """
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be a whole number >= 1, got {draws!r}")
-    return EOT(loss_fn, draws)
+    return EOT(loss_fn, inputs.check_steps(draws, "draws"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ def bpda(forward: Callable[..., Array], backward: Callable[..., Array] | None = 
     return BPDA(forward, backward)
 
 
-@dataclasses.dataclass(frozen=True)
+@attack_value(data=("attack",), meta=("surrogates", "loss"))
 class Transfer:
     """An attack on surrogates, judged on the target; made by `transfer`."""
 
@@ -130,9 +128,9 @@ class Transfer:
             x_adv: the largest margin of a wrong class under the target.
 
         Raises:
-            ValueError: as many `surrogate_args` as surrogates were expected.
+            TypeError, ValueError: names the argument, its value and what was expected.
         """
-        x = inputs.check_images(x, inputs.ANYWHERE)
+        x, labels, args = checked(logits_fn, x, labels, args)
         keys = inputs.example_keys(key, x.shape[0])
         given = surrogate_args or ((),) * len(self.surrogates)
         if len(given) != len(self.surrogates):
@@ -140,7 +138,6 @@ class Transfer:
                 f"surrogate_args must have one entry per surrogate, {len(self.surrogates)}, "
                 f"got {len(given)}"
             )
-        labels = jnp.asarray(labels)
         runs = (
             self.attack(
                 _LossOf(surrogate, self.loss),
@@ -168,7 +165,8 @@ def transfer(
     """
     if not surrogates:
         raise ValueError("transfer needs at least one surrogate, got none")
-    return Transfer(attack, surrogates, loss)
+    check_takes_loss("transfer", attack)
+    return Transfer(attack=attack, surrogates=surrogates, loss=loss)
 
 
 @dataclasses.dataclass(frozen=True)

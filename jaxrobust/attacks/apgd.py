@@ -55,8 +55,7 @@ class APGD:
 
         Returns the point of the largest loss among all that were visited.
         """
-        x, mask, args = inputs.constant((x, mask, args))
-        x = inputs.check_images(x, self.bounds)
+        x, mask, args = inputs.check_call(x, mask, args, self.bounds)
         keys = inputs.example_keys(key, x.shape[0])
         if x.shape[0] == 0:
             return x
@@ -232,13 +231,16 @@ def apgd(
     """Auto-PGD on any loss; arguments as the attributes of `APGD`.
 
     Raises:
-        ValueError: a negative eps, rho outside (0, 1), fewer than one step, an unknown norm or
-            loop, large radii without l1, or bounds the wrong way round.
+        TypeError: numbers that are none.
+        ValueError: a negative eps or, in linf, one beyond the box, rho outside (0, 1), fewer than
+            one step, an unknown norm or loop, large radii without l1, or bounds the wrong way
+            round.
     """
     balls.ball(norm)
-    inputs.check_number("eps", eps, low=0)
-    inputs.check_number("rho", rho, low=0, strict=True)
-    inputs.check_steps(steps)
+    bounds = inputs.check_bounds(bounds)
+    inputs.check_eps(eps, norm, bounds)
+    inputs.check_number("rho", rho, low=0, high=1, strict=True)
+    steps = inputs.check_steps(steps)
     if large_radii and (norm != "l1" or steps < 3):
         raise ValueError(f"large_radii needs l1 and 3 steps or more, got {norm!r} and {steps}")
     inputs.check_loop(loop)
@@ -248,24 +250,22 @@ def apgd(
         steps=steps,
         norm=norm,
         large_radii=large_radii,
-        bounds=inputs.check_bounds(bounds),
+        bounds=bounds,
         loop=loop,
     )
 
 
 def _on_classifier(norm, eps, loss, *, targets=1, restarts=1, draws=0, large_radii, **options):
-    for name, value, least in (
-        ("targets", targets, 1),
-        ("restarts", restarts, 1),
-        ("draws", draws, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     large_radii = norm == "l1" if large_radii is None else large_radii
     inner = apgd(norm, eps, large_radii=large_radii, **options)
     inner = dataclasses.replace(inner, eps=None)
     return ClassifierAPGD(
-        eps=eps, attack=inner, loss=loss, targets=targets, restarts=restarts, draws=draws
+        eps=eps,
+        attack=inner,
+        loss=loss,
+        targets=inputs.check_steps(targets, "targets"),
+        restarts=inputs.check_steps(restarts, "restarts"),
+        draws=inputs.check_steps(draws, "draws", low=0),
     )
 
 

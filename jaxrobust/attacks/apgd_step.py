@@ -179,7 +179,7 @@ def advance(
     if stop:
         active &= ~state.fooled
     first, gap, last = look(plan.first), look(plan.gap), look(plan.last)
-    wide = lambda flags: flags.reshape(-1, *(1,) * (base.ndim - 1))  # noqa: E731
+    wide = functools.partial(inputs.wide, like=base)
     choose = lambda flags, new, old: jnp.where(wide(flags), new, old)  # noqa: E731
 
     hit = active & wrong & look(plan.counts)
@@ -227,9 +227,8 @@ def _check(state, gap, base, *, rho):
     oscillates = state.rises <= gap * rho
     stuck = ~state.halved & (state.checked_loss >= state.best_loss)
     back = due & (oscillates | stuck)
-    wide = back.reshape(-1, *(1,) * (base.ndim - 1))
     return back, state._replace(
-        step=jnp.where(wide, state.step / 2, state.step),
+        step=jnp.where(inputs.wide(back, base), state.step / 2, state.step),
         halved=jnp.where(due, back, state.halved),
         checked_loss=jnp.where(due, state.best_loss, state.checked_loss),
         rises=jnp.where(due, 0, state.rises),
@@ -242,11 +241,10 @@ def _check_l1(state, gap, base):
     pixels = math.prod(base.shape[1:])
     support = jnp.count_nonzero(state.best, tuple(range(1, base.ndim))).astype(base.dtype)
     back = due & (support < _L1_SETTLED * state.support)
-    shape = (-1, *(1,) * (base.ndim - 1))
     shorter = jnp.maximum(state.step / _L1_SHRINK, 1 / _L1_LEAST_STEP)
-    step = jnp.where(back.reshape(shape), 1.0, shorter)
+    step = jnp.where(inputs.wide(back, base), 1.0, shorter)
     return back, state._replace(
-        step=jnp.where(due.reshape(shape), step, state.step),
+        step=jnp.where(inputs.wide(due, base), step, state.step),
         share=jnp.where(due, support / pixels / _L1_SHRINK, state.share),
         support=jnp.where(due, support, state.support),
     )
@@ -255,9 +253,8 @@ def _check_l1(state, gap, base):
 def _new_phase(state, last, restart, norm):
     pixels = math.prod(restart.shape[1:])
     support = jnp.count_nonzero(restart, tuple(range(1, restart.ndim))).astype(restart.dtype)
-    wide = last.reshape(-1, *(1,) * (restart.ndim - 1))
     return state._replace(
-        step=jnp.where(wide, _first_step(norm), state.step),
+        step=jnp.where(inputs.wide(last, restart), _first_step(norm), state.step),
         share=jnp.where(last, support / pixels / _L1_SHRINK, state.share),
         support=jnp.where(last, support, state.support),
     )
@@ -271,7 +268,7 @@ def _move(delta, grad, state, eps, room, norm, first):
     plain = ball.project(delta + ball.ascend(grad, state.step * eps, eps, *room), eps, *room)
     momentum = _MOMENTUM * (plain - delta) + (1 - _MOMENTUM) * (delta - state.before)
     mixed = ball.project(delta + momentum, eps, *room)
-    return jnp.where(first.reshape(-1, *(1,) * (delta.ndim - 1)), plain, mixed)
+    return jnp.where(inputs.wide(first, delta), plain, mixed)
 
 
 def _sparse_step(grad, share):

@@ -146,9 +146,6 @@ def cw_l2(
         ValueError: a count below 1, a step size or trade-off <= 0, confidence < 0, bounds that are
             not finite, or an unknown loop.
     """
-    if not isinstance(searches, int) or isinstance(searches, bool) or searches < 1:
-        raise ValueError(f"searches must be a whole number >= 1, got {searches!r}")
-    inputs.check_steps(steps)
     inputs.check_number("step_size", step_size, low=0, strict=True)
     inputs.check_number("confidence", confidence, low=0)
     inputs.check_number("trade_off", trade_off, low=0, strict=True)
@@ -157,8 +154,8 @@ def cw_l2(
         step_size=step_size,
         confidence=confidence,
         trade_off=trade_off,
-        searches=searches,
-        steps=steps,
-        bounds=nearest.finite(bounds),
+        searches=inputs.check_steps(searches, "searches"),
+        steps=inputs.check_steps(steps),
+        bounds=inputs.check_bounds(bounds, finite=True),
         loop=loop,
     )

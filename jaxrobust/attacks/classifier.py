@@ -16,11 +16,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust import balls, losses, metrics
-from jaxrobust.attacks import inputs, scheduler
+from jaxrobust.attacks import box, inputs, scheduler
 from jaxrobust.attacks.pgd import finite_gradient
 from jaxrobust.losses.classification import DLR_EPSILON
 
 LogitsFn = Callable[..., Array]
+
+LOSSES = ("ce", "dlr", "targeted_dlr")
 
 
 def loss_for(name: str | Callable, classes: int) -> Callable:
@@ -28,9 +30,14 @@ def loss_for(name: str | Callable, classes: int) -> Callable:
 
     DLR needs three classes and targeted DLR four. With fewer, the margin is divided by what there
     is, or not at all: of two classes the margin alone orders all points as DLR would.
+
+    Raises:
+        ValueError: an unknown name.
     """
     if callable(name):
         return name
+    if name not in LOSSES:
+        raise ValueError(f"loss must be a function or one of {LOSSES}, got {name!r}")
     if name == "ce":
         return _cross_entropy
     if name == "dlr":
@@ -125,13 +132,15 @@ def class_count(logits_fn: LogitsFn, x: Array | jax.ShapeDtypeStruct, args: tupl
     """How many logits there are; `args` begin with keys [b] where the model is random.
 
     Raises:
-        ValueError: fewer than 2, or logits that are not [b, classes].
+        ValueError: fewer than 2, or what is not one array [b, classes].
     """
     # Of an empty batch, a model that flattens by reshape(b, -1) cannot say it.
     one = jax.ShapeDtypeStruct((max(x.shape[0], 1), *x.shape[1:]), x.dtype)
-    shape = jax.eval_shape(logits_fn, one, *args).shape
-    if len(shape) != 2 or shape[0] != one.shape[0]:
-        raise ValueError(f"logits_fn must return [{one.shape[0]}, classes], got shape {shape}")
+    logits = jax.eval_shape(logits_fn, one, *args)
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != one.shape[0]:
+        got = f"a {type(logits).__name__}" if shape is None else f"shape {shape}"
+        raise ValueError(f"logits_fn must return one array [{one.shape[0]}, classes], got {got}")
     if shape[1] < 2:
         raise ValueError(f"logits_fn must return logits of at least 2 classes, got {shape[1]}")
     return shape[1]
@@ -144,12 +153,11 @@ def break_batch(
     labels: ArrayLike,
     key: Array,
     mask: ArrayLike | None,
-    args: tuple,
+    args: Any,
     slots: int = 128,
 ) -> Array:
     """Runs an attack with `search(classes)` and `eps` on one batch; see the module's docstring."""
-    x, mask, args = inputs.constant((x, mask, args))
-    x = inputs.check_images(x, attack.bounds)
+    x, mask, args = inputs.check_call(x, mask, args, attack.bounds)
     keys = inputs.example_keys(key, x.shape[0])
     draws = attack.draws
     if draws and not x.shape[0]:
@@ -169,8 +177,19 @@ def break_batch(
     else:
         problem = scheduler.Problem(*(np.asarray(a) for a in data), keys)
         broken, x_adv = _scheduled(search, logits_fn, problem, np.asarray(right), args, slots)
-    wide = (broken & right).reshape(-1, *(1,) * (x.ndim - 1))
-    return jax.lax.stop_gradient(jnp.where(wide, x_adv.astype(x.dtype), x))
+    x_adv = jnp.where(inputs.wide(broken & right, x), x_adv, base)
+    if x.dtype != base.dtype:
+        rows = scheduler.Rows(base, labels, labels, eps, keys, labels)
+        x_adv = _rounded(search, logits_fn, attack.bounds, x, x_adv, rows, args)
+    return jax.lax.stop_gradient(x_adv)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rounded(search, logits_fn, bounds, x, x_adv, rows, args):
+    """X_adv in x's own precision, in ball and box, where it is misclassified so too; else x."""
+    x_adv = box.finish(x, x_adv - rows.x, rows.eps, bounds)
+    holds = scheduler.confirmed(search, logits_fn, x_adv, rows, args)
+    return jnp.where(inputs.wide(holds, x), x_adv, x)
 
 
 _ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}
@@ -218,8 +237,8 @@ def _traced(search, logits_fn, x, labels, targets, eps, keys, args):
         hit &= scheduler.confirmed(search, logits_fn, x_hit, rows, args)
         length = jnp.where(hit, balls.norms(x_hit - x, search.norm), jnp.inf)
         better = length < size if search.minimal else hit & jnp.isinf(size)
-        wide = better.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(better, length, size), jnp.where(wide, x_hit, x_adv)
+        kept = jnp.where(inputs.wide(better, x), x_hit, x_adv)
+        return jnp.where(better, length, size), kept
 
     found = (inputs.per_example(x, jnp.inf), x)
     size, x_adv = jax.lax.fori_loop(0, search.rounds, one_round, found)

@@ -74,7 +74,11 @@ def _begin(static, attack, x, classes, mask, args):
     hot = functools.partial(jax.nn.one_hot, num_classes=logits.shape[1], dtype=logits.dtype)
     sign = -1 if targeted else 1
     differences = sign * jnp.moveaxis(hot(others) - hot(classes)[:, None], 1, 0)
-    carry = (jnp.copy(frame.x), nearest.per_example(frame, False), nearest.nothing_yet(frame))
+    carry = (
+        jnp.copy(frame.x),
+        inputs.per_example(frame.x, False, bool),
+        nearest.nothing_yet(frame),
+    )
     return carry, (frame, differences, attack.overshoot, args)
 
 
@@ -102,14 +106,13 @@ def _move(static, carry, operands):
     direction = nearest.unit(grad) if norm == "l2" else jnp.sign(grad)
     distance = jnp.where(jnp.isinf(distance), 0, distance)  # no boundary is in sight
     length = (1 + overshoot) * (distance + _LEAST_STEP * nearest.widths(bounds))
-    moved = jnp.clip(x_adv + nearest.rows(length, grad) * direction, frame.low, frame.high)
-    return jnp.where(nearest.rows(done, x_adv), x_adv, moved), done, best
+    moved = jnp.clip(x_adv + inputs.wide(length, grad) * direction, frame.low, frame.high)
+    return jnp.where(inputs.wide(done, x_adv), x_adv, moved), done, best
 
 
 def _pick(values, chosen):
     """From [k, b, ...] the chosen one of each example, [b, ...]."""
-    index = chosen.reshape((1, -1) + (1,) * (values.ndim - 2))
-    return jnp.take_along_axis(values, index, 0)[0]
+    return jnp.take_along_axis(values, inputs.wide(chosen, values[0])[None], 0)[0]
 
 
 def deepfool(
@@ -129,14 +132,14 @@ def deepfool(
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-    inputs.check_steps(steps)
-    inputs.check_number("candidates", candidates, low=1)
+    if candidates is not None:
+        candidates = inputs.check_steps(candidates, "candidates")
     inputs.check_number("overshoot", overshoot, low=0)
     inputs.check_loop(loop)
     return DeepFool(
         overshoot=overshoot,
         norm=norm,
-        steps=steps,
+        steps=inputs.check_steps(steps),
         candidates=candidates,
         bounds=inputs.check_bounds(bounds),
         loop=loop,

@@ -5,6 +5,7 @@ at most eps. Without eps it is a minimum-norm attack.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxrobust import balls
+from jaxrobust import balls, metrics
 from jaxrobust.attacks import classifier, hyperplane, inputs, scheduler
 from jaxrobust.attacks.pgd import finite_gradient
 from jaxrobust.attacks.value import Number, attack_value
@@ -128,13 +129,12 @@ class Search:
         else:
             draw = lambda k: jax.random.normal(k, shape[1:])  # noqa: E731
         noise = jax.vmap(draw)(rows.keys)
-        length = balls.norms(noise, self.norm).reshape(-1, *(1,) * (len(shape) - 1))
+        length = inputs.wide(balls.norms(noise, self.norm), noise)
         moved = jnp.clip(rows.x + 0.5 * rows.eps * noise / length, *self.bounds) - rows.x
         again = (rows.rounds >= self.targets) & jnp.isfinite(rows.eps.reshape(batch))
-        again = again.reshape(-1, *(1,) * (len(shape) - 1))
         return State(
             i=inputs.per_example(rows.x, 0, jnp.int32),
-            delta=jnp.where(again, moved, 0),
+            delta=jnp.where(inputs.wide(again, moved), moved, 0),
             best=jnp.zeros_like(rows.x),
             size=inputs.per_example(rows.x, jnp.inf),
         )
@@ -143,7 +143,7 @@ class Search:
         """Linearise, project, step, and look whether the new point is misclassified."""
         batch, shape = rows.x.shape[0], rows.x.shape
         flat = lambda a: a.reshape(batch, -1)  # noqa: E731
-        wide = lambda a: a.reshape(-1, *(1,) * (len(shape) - 1))  # noqa: E731
+        wide = functools.partial(inputs.wide, like=rows.x)
         here = rows.x + state.delta
         linearise = _towards_target if self.targeted else _towards_nearest
         gap, w = linearise(logits_fn, here, rows, args, self.norm)
@@ -159,7 +159,7 @@ class Search:
         point = (here + _OVERSHOOT * near) * (1 - alpha) + (rows.x + _OVERSHOOT * origin) * alpha
         point = jnp.clip(point, *self.bounds)
         delta = point - rows.x
-        wrong = logits_fn(point, *args).argmax(1) != rows.labels
+        wrong = metrics.misclassified(logits_fn(point, *args), rows.labels)
         size = balls.norms(delta, self.norm)
         active = ~self._done(state, rows)
         shorter = active & wrong & (size < state.size)
@@ -234,8 +234,8 @@ def fab(
     Without `eps` it returns the smallest perturbation found.
 
     Raises:
-        ValueError: a negative eps, fewer than one step or restart, an unknown norm or loop, or
-            bounds the wrong way round.
+        ValueError: a negative eps or, in linf, one beyond the box, fewer than one step or restart,
+            an unknown norm or loop, or bounds the wrong way round.
     """
     return _fab(norm, eps, steps, None, restarts, bounds, loop)
 
@@ -255,31 +255,29 @@ def fab_t(
     Raises:
         ValueError: as `fab`, or fewer than one target.
     """
-    if not isinstance(targets, int) or targets < 1:
-        raise ValueError(f"targets must be a whole number >= 1, got {targets!r}")
+    targets = inputs.check_steps(targets, "targets")
     return _fab(norm, eps, steps, targets, restarts, bounds, loop)
 
 
 def _fab(norm, eps, steps, targets, restarts, bounds, loop):
     balls.ball(norm)
-    inputs.check_number("eps", eps, low=0)
-    inputs.check_steps(steps)
-    if not isinstance(restarts, int) or restarts < 1:
-        raise ValueError(f"restarts must be a whole number >= 1, got {restarts!r}")
+    restarts = inputs.check_steps(restarts, "restarts")
     if eps is None and restarts > 1:
         raise ValueError(
             f"restarts must be 1 without eps, whose half is where others begin, got {restarts}"
         )
     if bounds is None:
         raise ValueError("FAB needs bounds: it projects on the box")
+    bounds = inputs.check_bounds(bounds)
+    inputs.check_eps(eps, norm, bounds)
     inputs.check_loop(loop)
     return FAB(
         eps=math.inf if eps is None else eps,
         norm=norm,
-        steps=steps,
+        steps=inputs.check_steps(steps),
         targets=targets,
         restarts=restarts,
         minimal=eps is None,
-        bounds=inputs.check_bounds(bounds),
+        bounds=bounds,
         loop=loop,
     )

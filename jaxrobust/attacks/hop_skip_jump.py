@@ -107,7 +107,7 @@ def _begin(static, x, classes, mask, keys, starts, args):
     is_adv = _oracle(static, frame, args)
     start_keys, keys = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys)
     done = is_adv(frame.x)
-    zero = nearest.per_example(frame, 0.0)
+    zero = inputs.per_example(frame.x, 0.0)
     best = nearest.nearer(nearest.nothing_yet(frame), frame.x, zero, done)
     if starts is None:
         start, found = _draw(is_adv, frame, start_keys, attack.bounds, done)
@@ -139,7 +139,7 @@ def _draw(is_adv, frame, keys, bounds, done):
         fold = inputs.fold(keys, i)
         shape, dtype = frame.x.shape[1:], frame.x.dtype
         noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, *bounds))(fold)
-        start = jnp.where(nearest.rows(found, start), start, jnp.clip(noise, frame.low, frame.high))
+        start = jnp.where(inputs.wide(found, start), start, jnp.clip(noise, frame.low, frame.high))
         return i + 1, start, found | is_adv(start)
 
     more = lambda state: (state[0] < _DRAWS) & ~(state[2] | done).all()  # noqa: E731
@@ -156,14 +156,14 @@ def _first_blend(is_adv, frame, start, found):
         return i + 1, jnp.where(hit, i / _BLENDS, share), open_ & ~hit
 
     more = lambda state: (state[0] < _BLENDS) & state[2].any()  # noqa: E731
-    share = nearest.per_example(frame, 1.0)
+    share = inputs.per_example(frame.x, 1.0)
     _, share, _ = jax.lax.while_loop(more, look, (1, share, found))
     return _blend(frame, start, share)
 
 
 def _blend(frame, point, share):
     """`share` of the way from x to the point; the point itself at 1."""
-    share = nearest.rows(share, point)
+    share = inputs.wide(share, point)
     return jnp.where(share < 1, frame.x + share * (point - frame.x), point)
 
 
@@ -173,12 +173,12 @@ def _to_boundary(attack, is_adv, frame, point):
     theta = attack.gamma / (d**1.5 if attack.norm == "l2" else d**2)
     if attack.norm == "l2":
         at = functools.partial(_blend, frame, point)
-        high = nearest.per_example(frame, 1.0)
+        high = inputs.per_example(frame.x, 1.0)
     else:
         high = nearest.norms(point - frame.x, "linf")
 
         def at(radius):
-            radius = nearest.rows(radius, point)
+            radius = inputs.wide(radius, point)
             return frame.x + jnp.clip(point - frame.x, -radius, radius)
 
     def halve(_, state):
@@ -186,7 +186,7 @@ def _to_boundary(attack, is_adv, frame, point):
         middle = (low + high) / 2
         candidate = at(middle)
         hit = is_adv(candidate)
-        kept = jnp.where(nearest.rows(hit, point), candidate, nearest_one)
+        kept = jnp.where(inputs.wide(hit, point), candidate, nearest_one)
         return jnp.where(hit, low, middle), jnp.where(hit, middle, high), kept
 
     count = max(1, math.ceil(-math.log2(min(theta, 0.5))))
@@ -211,7 +211,7 @@ def _hop(static, i, carry, operands):
     length = distance / jnp.sqrt(i + 1.0).astype(distance.dtype)
     moved, jumped = _jump(is_adv, frame, point, direction, length, active)
     back = _to_boundary(attack, is_adv, frame, moved)
-    point = jnp.where(nearest.rows(jumped, point), back, point)
+    point = jnp.where(inputs.wide(jumped, point), back, point)
     best = nearest.nearer(best, point, nearest.norms(point - frame.x, attack.norm), active)
     return point, active, best
 
@@ -222,7 +222,7 @@ def _normal(attack, is_adv, frame, point, radius, keys, i):
     noise = jax.random.normal
     if attack.norm == "linf":
         noise = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
-    free, radius = frame.high > frame.low, jnp.maximum(nearest.rows(radius, point), 1e-12)
+    free, radius = frame.high > frame.low, jnp.maximum(inputs.wide(radius, point), 1e-12)
 
     def look(c, sums):
         fold = inputs.fold(keys, c)
@@ -240,10 +240,10 @@ def _normal(attack, is_adv, frame, point, radius, keys, i):
     chunks = jnp.maximum(jnp.round(most / chunk), 1).astype(int)
     zero = jnp.zeros_like(point)
     votes, voted, steps = jax.lax.fori_loop(
-        0, chunks, look, (nearest.per_example(frame, 0.0), zero, zero)
+        0, chunks, look, (inputs.per_example(frame.x, 0.0), zero, zero)
     )
     count = (chunks * chunk).astype(point.dtype)
-    mean = nearest.rows(votes / count, point)
+    mean = inputs.wide(votes / count, point)
     # Where all agree there is no contrast: then simply away from, or along, all of them.
     return nearest.unit(voted - jnp.where(jnp.abs(mean) < 1, mean, 0) * steps)
 
@@ -253,10 +253,10 @@ def _jump(is_adv, frame, point, direction, length, active):
 
     def halve(state):
         i, length, moved, done = state
-        candidate = point + nearest.rows(length, point) * direction
+        candidate = point + inputs.wide(length, point) * direction
         candidate = jnp.clip(candidate, frame.low, frame.high)
         hit = ~done & is_adv(candidate)
-        return i + 1, length / 2, jnp.where(nearest.rows(hit, point), candidate, moved), done | hit
+        return i + 1, length / 2, jnp.where(inputs.wide(hit, point), candidate, moved), done | hit
 
     more = lambda state: (state[0] < _HALVINGS) & ~state[3].all()  # noqa: E731
     _, _, moved, done = jax.lax.while_loop(more, halve, (0, length, point, ~active))
@@ -280,17 +280,14 @@ def hop_skip_jump(
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-    inputs.check_steps(steps)
-    counts = {"evaluations": evaluations, "max_evaluations": max_evaluations, "chunk": chunk}
-    for name, count in counts.items():
-        inputs.check_number(name, count, low=1)
+    evaluations = inputs.check_steps(evaluations, "evaluations")
     inputs.check_number("gamma", gamma, low=0, strict=True)
     return HopSkipJump(
         norm=norm,
-        steps=steps,
+        steps=inputs.check_steps(steps),
         evaluations=evaluations,
-        max_evaluations=max_evaluations,
-        chunk=min(chunk, evaluations),
+        max_evaluations=inputs.check_steps(max_evaluations, "max_evaluations"),
+        chunk=min(inputs.check_steps(chunk, "chunk"), evaluations),
         gamma=gamma,
-        bounds=nearest.finite(bounds),
+        bounds=inputs.check_bounds(bounds, finite=True),
     )

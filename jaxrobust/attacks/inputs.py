@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from jaxrobust import balls
 from jaxrobust.attacks.loop import FORMS
 
 # An image decoded elsewhere may lie a rounding error outside its box; more is a mistake of unit.
@@ -24,26 +26,63 @@ def per_example(x: Array, value: float | int | bool, dtype: Any = None) -> Array
     return jnp.full_like(x.reshape(len(x), -1)[:, 0], value, dtype)
 
 
-def check_number(name: str, value: Any, *, low: int | float, strict: bool = False) -> None:
-    """Refuses a concrete number, or array of numbers, below `low` (or at it, if `strict`).
+def wide(values: Array, like: Array) -> Array:
+    """[b] shaped to broadcast against a batch [b, ...]."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: int | float,
+    high: int | float = math.inf,
+    strict: bool = False,
+) -> None:
+    """Refuses a concrete number, or array of numbers, outside [low, high] or, if `strict`, at it.
 
     Raises:
+        TypeError: not numbers.
         ValueError: names the argument and its value. Traced values pass: they have none yet.
     """
-    if value is None or any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(value)):
+    ends = _ends(name, value)
+    if ends is None:
         return
-    if not isinstance(value, int | float):
-        with jax.ensure_compile_time_eval():  # a constant inside jit has its value already
-            value = float(jnp.min(jnp.asarray(value))) if jnp.size(value) else low
-    bad = value <= low if strict else value < low
-    if math.isnan(value) or bad:
-        raise ValueError(f"{name} must be {'>' if strict else '>='} {low:g}, got {value:g}")
+    least, most = ends
+    above = least > low if strict else least >= low  # False for NaN
+    below = high == math.inf or (most < high if strict else most <= high)
+    if high == math.inf and not above:
+        raise ValueError(f"{name} must be {'>' if strict else '>='} {low:g}, got {least:g}")
+    if not (above and below):
+        interval = f"({low:g}, {high:g})" if strict else f"[{low:g}, {high:g}]"
+        raise ValueError(f"{name} must lie in {interval}, got {most if above else least:g}")
 
 
-def check_steps(steps: int, name: str = "steps", *, low: int = 1) -> None:
-    """Refuses a count, of steps or of what `name` says, that is no whole number >= `low`."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < low:
+def check_eps(eps: Any, norm: str, bounds: tuple[float, float]) -> None:
+    """Refuses a concrete radius below 0 or, in linf, beyond the box: it is of another unit.
+
+    Raises:
+        TypeError, ValueError: as `check_number`.
+    """
+    check_number("eps", eps, low=0)
+    ends = _ends("eps", eps)
+    if norm == "linf" and ends and ends[1] > (bounds[1] - bounds[0]) * (1 + _ULP):
+        raise ValueError(
+            f"eps must be in the unit of the images, which lie in {bounds}, got {ends[1]:g}: "
+            "8 / 255, not 8"
+        )
+
+
+def check_steps(steps: Any, name: str = "steps", *, low: int = 1) -> int:
+    """A count, of steps or of what `name` says, as a Python integer.
+
+    Raises:
+        ValueError: no whole number >= `low`.
+    """
+    whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
+    if not whole or steps < low:
         raise ValueError(f"{name} must be a whole number >= {low}, got {steps!r}")
+    return int(steps)
 
 
 def check_loop(form: str) -> None:
@@ -52,14 +91,62 @@ def check_loop(form: str) -> None:
         raise ValueError(f"loop must be one of {FORMS}, got {form!r}")
 
 
-def check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """(low, high) as floats; None, for latents and embeddings, stands for no bounds."""
-    if bounds is None:
-        return (-math.inf, math.inf)
-    low, high = (float(b) for b in bounds)
+def check_bounds(
+    bounds: tuple[float, float] | None, *, finite: bool = False
+) -> tuple[float, float]:
+    """(low, high) as floats; None, for latents and embeddings, stands for no bounds.
+
+    Raises:
+        ValueError: the wrong way round or, for attacks that need them `finite`, infinite.
+    """
+    low, high = ANYWHERE if bounds is None else (float(b) for b in bounds)
     if not low < high:
         raise ValueError(f"bounds must be (low, high) with low < high, got {bounds}")
+    if finite and not math.isfinite(high - low):
+        raise ValueError(f"bounds must be finite for this attack, got {bounds}")
     return (low, high)
+
+
+def check_call(
+    x: Any, mask: Any, args: Any, bounds: tuple[float, float]
+) -> tuple[Array, Any, tuple]:
+    """What all attacks are called with, checked, and with no gradient flowing into it.
+
+    Raises:
+        TypeError: `args` are no tuple; or as `check_images`.
+        ValueError: as `check_images` and `check_mask`.
+    """
+    x, mask, args = constant((x, mask, check_args(args)))
+    x = check_images(x, bounds)
+    check_mask(mask, x)
+    return x, mask, args
+
+
+def check_args(args: Any) -> tuple:
+    """What a loss takes besides x, as a tuple; of an array the rows would be taken one by one."""
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args must be a tuple, such as (labels,), got {type(args).__name__}")
+    return tuple(args)
+
+
+def check_mask(mask: Any, x: Array) -> None:
+    """Refuses a mask that does not fit x, or whose known values are no shares in [0, 1].
+
+    An image's mask, 0 or 255, would multiply the radius by 255.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: names the shape, and the values where they are the reason.
+    """
+    if mask is None:
+        return
+    balls.broadcast_radius(mask, x, "mask")
+    ends = _ends("mask", mask)
+    if ends and not (ends[0] >= 0 and ends[1] <= 1):
+        raise ValueError(
+            "mask must lie in [0, 1], 1 where a pixel may change, "
+            f"got values in [{ends[0]:g}, {ends[1]:g}] in shape {jnp.shape(mask)}"
+        )
 
 
 def check_images(x: Any, bounds: tuple[float, float], name: str = "x") -> Array:
@@ -82,8 +169,31 @@ def check_images(x: Any, bounds: tuple[float, float], name: str = "x") -> Array:
     if not isinstance(x, jax.core.Tracer) and x.size:
         low, high = _range(x)
         if not (low >= bounds[0] - _ULP and high <= bounds[1] + _ULP and math.isfinite(low + high)):
-            raise ValueError(f"{name} must lie in {bounds}, got values in [{low:g}, {high:g}]")
+            nan = ": some are NaN" if math.isnan(low) else ""
+            raise ValueError(f"{name} must lie in {bounds}, got values in [{low:g}, {high:g}]{nan}")
     return x
+
+
+def check_pictures(x: Array) -> None:
+    """Refuses a batch that has no height, width and channels, for attacks that look at them."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"x must be pictures [b, h, w, c] for this attack, got images of shape {x.shape[1:]}"
+        )
+
+
+def _ends(name, value):
+    """The least and the largest of numbers; None where there are none, or none known yet."""
+    if value is None or any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(value)):
+        return None
+    if isinstance(value, int | float):
+        return value, value
+    try:
+        with jax.ensure_compile_time_eval():  # a constant inside jit has its value already
+            value = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or an array of them, got {value!r}") from None
+    return _range(value) if value.size else None
 
 
 def _range(x):
@@ -133,6 +243,20 @@ def check_labels(labels: Any, batch: int, classes: int) -> Array:
     return labels
 
 
+def check_key(key: Any) -> None:
+    """Refuses what is no typed key (`jax.random.key`)."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return
+    hint = ""
+    if dtype is not None and jnp.issubdtype(dtype, jnp.signedinteger):
+        hint = (
+            ". An attack that takes a loss takes no labels: attack(loss_fn, x, key, "
+            "args=(labels,)); one that takes labels has the key after them"
+        )
+    raise TypeError(f"key must be typed, as jax.random.key(0) makes it, got {key!r}{hint}")
+
+
 def example_keys(key: Array | None, batch: int) -> Array:
     """One key per example, so that a row does not depend on its neighbours.
 
@@ -141,18 +265,34 @@ def example_keys(key: Array | None, batch: int) -> Array:
         batch: b.
 
     Returns:
-        [b] typed keys.
+        [b] typed keys (`threefry`).
 
     Raises:
         TypeError: not a typed key (`jax.random.key`).
         ValueError: keys of another shape.
     """
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key must be typed, as jax.random.key(0) makes it, got {key!r}")
+    check_key(key)
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"key must be one key or one per example ({batch},), got {key.shape}")
+    key = threefry(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    if key.shape != (batch,):
-        raise ValueError(f"key must be one key or one per example ({batch},), got {key.shape}")
+    return key
+
+
+def threefry(key: Array) -> Array:
+    """One key, or [b], of JAX's default generator, made of the words of any other's.
+
+    Under `vmap` the compiler's own generators (rbg, unsafe_rbg) draw for the batch as a whole: an
+    example would draw otherwise with other neighbours.
+    """
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    words = jax.random.key_data(key)
+    key = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
+    fold_in = jax.vmap(jax.random.fold_in) if key.ndim else jax.random.fold_in
+    for i in range(2, words.shape[-1]):
+        key = fold_in(key, words[..., i])
     return key
 
 

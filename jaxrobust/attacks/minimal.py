@@ -71,7 +71,7 @@ def _begin_ddn(attack, x, classes, mask):
     """The loop's carry (point, eps, best), the batch, and the largest norm that there can be."""
     frame = nearest.frame(x, classes, mask, attack.bounds)
     first = jnp.asarray(attack.init_norm * nearest.widths(attack.bounds), frame.x.dtype)
-    eps = nearest.per_example(frame, 1.0) * first
+    eps = inputs.per_example(frame.x, 1.0) * first
     return (jnp.copy(frame.x), eps, nearest.nothing_yet(frame)), frame, _worst(frame, "l2")
 
 
@@ -94,7 +94,7 @@ def _step_ddn(static, i, carry, operands):
     step = nearest.widths(bounds) * _cosine(i, steps, 1.0, 0.01)
     delta = x_adv - frame.x + step * nearest.unit(grad)
     eps = jnp.minimum(eps * jnp.where(success, 1 - gamma, 1 + gamma), worst)
-    x_adv = frame.x + nearest.rows(eps, delta) * nearest.unit(delta)
+    x_adv = frame.x + inputs.wide(eps, delta) * nearest.unit(delta)
     x_adv = jnp.clip(x_adv, frame.low, frame.high)
     if levels is not None:
         x_adv = jnp.where(frame.high > frame.low, _quantised(x_adv, levels, bounds), x_adv)
@@ -163,7 +163,7 @@ class FMN(nearest.MinimumNorm):
 @jax.jit
 def _begin_fmn(attack, x, classes, mask):
     frame = nearest.frame(x, classes, mask, attack.bounds)
-    eps = nearest.per_example(frame, 1.0 if attack.norm == "l0" else jnp.inf)
+    eps = inputs.per_example(frame.x, 1.0 if attack.norm == "l0" else jnp.inf)
     worst = _worst(frame, attack.norm)
     return (jnp.copy(frame.x), eps, nearest.nothing_yet(frame)), frame, worst
 
@@ -188,7 +188,7 @@ def _step_fmn(static, i, carry, operands):
     eps = jnp.minimum(eps, worst)
     step = width * _cosine(i, steps, step_size, step_size / 100)
     delta = x_adv - frame.x + step * nearest.unit(grad)
-    delta = _projected(norm, delta, nearest.rows(eps, delta), frame)
+    delta = _projected(norm, delta, inputs.wide(eps, delta), frame)
     return jnp.clip(frame.x + delta, frame.low, frame.high), eps, best
 
 
@@ -214,7 +214,7 @@ def _projected(norm, delta, eps, frame):
 def _largest(delta, eps):
     """Its `eps` largest entries, and all that equal the last of them; 0 elsewhere."""
     size = jnp.abs(delta).reshape(delta.shape[0], -1)
-    least = nearest.rows(bisection.kth_largest(size, eps.ravel()), delta)
+    least = inputs.wide(bisection.kth_largest(size, eps.ravel()), delta)
     return jnp.where(jnp.abs(delta) >= least, delta, 0)
 
 
@@ -233,14 +233,18 @@ def ddn(
         ValueError: fewer than one step, init_norm or gamma <= 0, fewer than two levels or levels
             without bounds, bounds the wrong way round, or an unknown loop.
     """
-    inputs.check_steps(steps)
+    if levels is not None:
+        levels = inputs.check_steps(levels, "levels", low=2)
     inputs.check_number("init_norm", init_norm, low=0, strict=True)
     inputs.check_number("gamma", gamma, low=0, strict=True)
-    inputs.check_number("levels", levels, low=2)
     inputs.check_loop(loop)
-    bounds = inputs.check_bounds(bounds) if levels is None else nearest.finite(bounds)
     return DDN(
-        init_norm=init_norm, gamma=gamma, steps=steps, levels=levels, bounds=bounds, loop=loop
+        init_norm=init_norm,
+        gamma=gamma,
+        steps=inputs.check_steps(steps),
+        levels=levels,
+        bounds=inputs.check_bounds(bounds, finite=levels is not None),
+        loop=loop,
     )
 
 
@@ -261,9 +265,14 @@ def fmn(
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-    inputs.check_steps(steps)
     inputs.check_number("step_size", step_size, low=0, strict=True)
     inputs.check_number("gamma", gamma, low=0, strict=True)
     inputs.check_loop(loop)
-    bounds = inputs.check_bounds(bounds)
-    return FMN(step_size=step_size, gamma=gamma, norm=norm, steps=steps, bounds=bounds, loop=loop)
+    return FMN(
+        step_size=step_size,
+        gamma=gamma,
+        norm=norm,
+        steps=inputs.check_steps(steps),
+        bounds=inputs.check_bounds(bounds),
+        loop=loop,
+    )

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jaxrobust import balls, losses
 from jaxrobust.attacks import inputs
+from jaxrobust.attacks.classifier import class_count
 from jaxrobust.attacks.pgd import finite_gradient
 from jaxrobust.losses._checks import check_labels
 
@@ -63,7 +64,7 @@ def checked(
     x: ArrayLike,
     labels: ArrayLike,
     mask: ArrayLike | None,
-    args: tuple,
+    args: Any,
     targets: ArrayLike | None,
     bounds: tuple[float, float],
 ) -> tuple[Array, Array, ArrayLike | None, tuple, bool]:
@@ -76,15 +77,8 @@ def checked(
     Raises:
         TypeError, ValueError: names the argument, its value and what was expected.
     """
-    x, mask, args = inputs.constant((x, mask, args))
-    x = inputs.check_images(x, bounds)
-    if mask is not None:
-        balls.broadcast_radius(mask, x, "mask")
-    # Of an empty batch, a model that flattens by reshape(b, -1) cannot say it.
-    one = jax.ShapeDtypeStruct((max(x.shape[0], 1), *x.shape[1:]), x.dtype)
-    classes = jax.eval_shape(logits_fn, one if not x.shape[0] else x, *args).shape[-1]
-    if classes < 2:
-        raise ValueError(f"logits_fn must return logits of at least 2 classes, got {classes}")
+    x, mask, args = inputs.check_call(x, mask, args, bounds)
+    classes = class_count(logits_fn, x, args)
     labels = inputs.check_labels(labels, x.shape[0], classes)
     if targets is None:
         return x, labels, mask, args, False
@@ -148,34 +142,16 @@ def frame(x: Array, classes: Array, mask: ArrayLike | None, bounds: tuple[float,
     return Frame(base, low, high, classes)
 
 
-def per_example(frame: Frame, value: float | bool) -> Array:
-    """[b] equal values, spread over the devices as the images are."""
-    return jnp.full_like(total(frame.x), value, bool if isinstance(value, bool) else None)
-
-
 def nothing_yet(frame: Frame) -> Best:
     """No success so far."""
     # A copy, for the loop gives its buffer away.
-    return Best(jnp.copy(frame.x), per_example(frame, jnp.inf))
+    return Best(jnp.copy(frame.x), inputs.per_example(frame.x, jnp.inf))
 
 
 def widths(bounds: tuple[float, float]) -> float:
     """The box's width, the unit of step sizes; 1 where there is no box."""
     width = bounds[1] - bounds[0]
     return width if np.isfinite(width) else 1.0
-
-
-def finite(bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """Bounds that an attack needs as numbers."""
-    bounds = inputs.check_bounds(bounds)
-    if not np.isfinite(bounds).all():
-        raise ValueError(f"bounds must be finite for this attack, got {bounds}")
-    return bounds
-
-
-def rows(values: Array, like: Array) -> Array:
-    """[b] shaped to broadcast against a batch."""
-    return values.reshape((-1,) + (1,) * (like.ndim - 1))
 
 
 def total(x: Array) -> Array:
@@ -195,7 +171,7 @@ def unit(grad: Array) -> Array:
     # Divided by the largest entry first: squares of gradients of 1e-20 would underflow.
     size = jnp.abs(grad).max(tuple(range(1, grad.ndim)), keepdims=True)
     grad = grad / jnp.where(size > 0, size, 1)
-    return grad / rows(jnp.sqrt(jnp.maximum(total(grad * grad), _TINY)), grad)
+    return grad / inputs.wide(jnp.sqrt(jnp.maximum(total(grad * grad), _TINY)), grad)
 
 
 def margin(
@@ -229,7 +205,7 @@ def nearer(best: Best, x_adv: Array, norm: Array, success: Array) -> Best:
     """The nearer of two, if the new one is a success."""
     better = success & (norm < best.norm)
     return Best(
-        jnp.where(rows(better, x_adv), x_adv, best.x_adv), jnp.where(better, norm, best.norm)
+        jnp.where(inputs.wide(better, x_adv), x_adv, best.x_adv), jnp.where(better, norm, best.norm)
     )
 
 
@@ -284,12 +260,12 @@ def finish(
         share = least * jnp.asarray(pushes, frame.x.dtype)[i]
         moved = frame.x + (best.x_adv - frame.x) * (1 + share)
         moved = jnp.where(share > 0, jnp.clip(moved, frame.low, frame.high), best.x_adv)
-        x_adv = jnp.where(rows(good, x), x_adv, moved)
+        x_adv = jnp.where(inputs.wide(good, x), x_adv, moved)
         return i + 1, x_adv, good | holds(x_adv, wanted)
 
     more = lambda state: (state[0] < len(pushes)) & ~state[2].all()  # noqa: E731
     _, x_adv, good = jax.lax.while_loop(more, push, (0, best.x_adv, ~wanted))
-    x_adv = jnp.where(rows(good & wanted, x), x_adv.astype(x.dtype), x)
+    x_adv = jnp.where(inputs.wide(good & wanted, x), x_adv.astype(x.dtype), x)
     return jax.lax.stop_gradient(jnp.where(x_adv == x, x, x_adv))
 
 

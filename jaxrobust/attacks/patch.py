@@ -100,25 +100,26 @@ class Search:
 
     def begin(self, rows: scheduler.Rows) -> State:
         """No place yet: the random start covers the image, and is cut to the window later."""
-        count, height, width = rows.x.shape[:3]
+        inputs.check_pictures(rows.x)
+        height, width = rows.x.shape[1:3]
         if self.size[0] > height or self.size[1] > width:
             raise ValueError(f"size must fit into {height}x{width} images, got {self.size}")
-        window = jnp.zeros((count, height, width, 1), rows.x.dtype)
-        return State(jnp.zeros(count, bool), window, self.inner.begin(rows))
+        placed, window = inputs.per_example(rows.x, False, bool), jnp.zeros_like(rows.x[..., :1])
+        return State(placed, window, self.inner.begin(rows))
 
     def advance(self, logits_fn, state, rows, args):
         """The window's place at first, and then one step."""
-        wide = lambda a: a.reshape(-1, *(1,) * (rows.x.ndim - 1))  # noqa: E731
-        x = rows.x + jnp.where(wide(state.placed), state.run.delta, 0)
+        placed = inputs.wide(state.placed, rows.x)
+        x = rows.x + jnp.where(placed, state.run.delta, 0)
         loss, wrong, grad = classifier.evaluate(logits_fn, self.inner.loss, x, rows, args)
-        window = jnp.where(wide(state.placed), state.window, self._window(grad, rows))
+        window = jnp.where(placed, state.window, self._window(grad, rows))
         moved = apgd_step.advance(
             state.run, loss, wrong, grad, rows.x, window * rows.eps, bounds=self.inner.bounds,
             norm=self.norm, steps=self.inner.steps, large_radii=False, rho=self.inner.rho,
         )  # fmt: skip
         cut = state.run._replace(delta=state.run.delta * window, before=state.run.before * window)
         run = jax.tree.map(
-            lambda new, old: jnp.where(state.placed.reshape(-1, *(1,) * (new.ndim - 1)), new, old),
+            lambda new, old: jnp.where(inputs.wide(state.placed, new), new, old),
             moved,
             cut,
         )
@@ -168,19 +169,19 @@ def patch(
         loop: the loop's form.
 
     Raises:
-        ValueError: a size that is not one or two whole numbers >= 1, places < 1, a negative eps, or
-            as `apgd`.
+        ValueError: a size that is not one or two whole numbers >= 1, places < 1, infinite bounds
+            without eps, or as `apgd`.
 
     Source: Brown et al. 2017 (Adversarial patch); a place for each image: Rao et al. 2020
     (Adversarial training against location-optimized adversarial patches).
     """
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2:
         raise ValueError(f"size must be one or two whole numbers of pixels >= 1, got {size!r}")
-    if not isinstance(places, int) or places < 1:
-        raise ValueError(f"places must be a whole number >= 1, got {places!r}")
-    low, high = inputs.check_bounds(bounds)
+    sides = tuple(inputs.check_steps(side, "size") for side in sides)
+    places = inputs.check_steps(places, "places")
+    low, high = inputs.check_bounds(bounds, finite=eps is None)
     inner = apgd_ce("linf", 0.0, restarts=places, steps=steps, bounds=(low, high), loop=loop)
     eps = high - low if eps is None else eps
-    inputs.check_number("eps", eps, low=0)
-    return Patch(eps=eps, size=size, attack=dataclasses.replace(inner, eps=None))
+    inputs.check_eps(eps, "linf", (low, high))
+    return Patch(eps=eps, size=sides, attack=dataclasses.replace(inner, eps=None))

@@ -79,13 +79,16 @@ class PGD:
         Raises:
             TypeError, ValueError: names the argument, its value and what was expected.
         """
-        x, mask, args, delta = inputs.constant((x, mask, args, delta))
-        x = inputs.check_images(x, self.bounds)
+        x, mask, args = inputs.check_call(x, mask, args, self.bounds)
+        delta = inputs.constant(delta)
         start = "given" if delta is not None else self.start
-        key = inputs.example_keys(key, x.shape[0]) if start != "none" and start != "given" else None
+        if key is not None:  # labels in its place must not go unseen where nothing is drawn
+            inputs.check_key(key)
+        draws = start in ("uniform", "gaussian")
+        keys = inputs.example_keys(key, x.shape[0]) if draws else None
         if x.shape[0] == 0:
             return x
-        carry, operands = _begin(self, start, x, key, mask, delta)
+        carry, operands = _begin(self, start, x, keys, mask, delta)
         carry = loop.iterate(
             _step,
             carry,
@@ -212,8 +215,7 @@ class NFGSM:
         args: tuple = (),
     ) -> Array:
         """Perturbs a batch; arguments, result and errors as `PGD.__call__`."""
-        x, mask, args = inputs.constant((x, mask, args))
-        x = inputs.check_images(x, self.bounds)
+        x, mask, args = inputs.check_call(x, mask, args, self.bounds)
         keys = inputs.example_keys(key, x.shape[0])
         base, eps, step, room, eta = _n_fgsm_start(self, x, keys, mask)
         delta = _n_fgsm_step(loss_fn, base, step, room, eta, args)
@@ -258,14 +260,15 @@ def pgd(
     """PGD in a norm given by its name; arguments as the attributes of `PGD`.
 
     Raises:
-        ValueError: a negative eps, step size or momentum, fewer than one step, an unknown norm,
-            start or loop, or bounds the wrong way round.
+        TypeError: numbers that are none.
+        ValueError: a negative eps, step size or momentum, a linf eps beyond the box, fewer than one
+            step, an unknown norm, start or loop, or bounds the wrong way round.
     """
     balls.ball(norm)
-    inputs.check_number("eps", eps, low=0)
+    bounds = inputs.check_bounds(bounds)
+    inputs.check_eps(eps, norm, bounds)
     inputs.check_number("step_size", step_size, low=0)
     inputs.check_number("momentum", momentum, low=0)
-    inputs.check_steps(steps)
     if start not in STARTS:
         raise ValueError(f"start must be one of {STARTS}, got {start!r}")
     inputs.check_loop(loop)
@@ -273,10 +276,10 @@ def pgd(
         eps=eps,
         step_size=step_size,
         momentum=momentum,
-        steps=steps,
+        steps=inputs.check_steps(steps),
         norm=norm,
         start=start,
-        bounds=inputs.check_bounds(bounds),
+        bounds=bounds,
         loop=loop,
     )
 

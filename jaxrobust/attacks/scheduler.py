@@ -251,8 +251,8 @@ def _begin(search, impl, rows):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _refill(search, impl, fresh, rows, state):
     begun = search.begin(_with_keys(impl, rows))
-    wide = lambda leaf: fresh.reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
-    return jax.tree.map(lambda new, old: jnp.where(wide(new), new, old), begun, state)
+    chosen = lambda new, old: jnp.where(inputs.wide(fresh, new), new, old)  # noqa: E731
+    return jax.tree.map(chosen, begun, state)
 
 
 def _advance(static, i, state, operands):

@@ -6,7 +6,6 @@ attack = spatial(shift=0.1, rotation=30)    # attack(logits_fn, x, labels, key)
 import dataclasses
 import functools
 import itertools
-import math
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jaxrobust import metrics
 from jaxrobust.attacks import classifier, inputs, scheduler
 from jaxrobust.attacks.value import Number, attack_value
 
@@ -98,12 +98,13 @@ class Search:
 
     def begin(self, rows: scheduler.Rows) -> State:
         """Before the first move."""
-        count = len(rows.x)
-        return State(jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
+        inputs.check_pictures(rows.x)
+        each = functools.partial(inputs.per_example, rows.x)
+        return State(each(0, jnp.int32), each(False, bool))
 
     def advance(self, logits_fn, state, rows, args):
         """One move per example."""
-        wrong = logits_fn(self._moved(state.i, rows), *args).argmax(1) != rows.labels
+        wrong = metrics.misclassified(logits_fn(self._moved(state.i, rows), *args), rows.labels)
         active = (state.i < len(self.moves)) & ~state.fooled
         return State(state.i + active, state.fooled | active & wrong)
 
@@ -174,20 +175,19 @@ def spatial(
         ValueError: eps outside [0, 1], a shift outside [0, 1), a rotation outside [0, 180], a
             grid that is not three whole numbers >= 1, or bounds that are not finite.
     """
-    inputs.check_number("eps", eps, low=0)
-    if np.max(eps) > 1:
-        raise ValueError(f"eps must be a share of shift and rotation, at most 1, got {eps!r}")
+    inputs.check_number("eps", eps, low=0, high=1)
     if not 0 <= shift < 1:
         raise ValueError(f"shift must be in sides of the image, in [0, 1), got {shift!r}")
     if not 0 <= rotation <= 180:
         raise ValueError(f"rotation must be in degrees, in [0, 180], got {rotation!r}")
-    if len(grid) != 3 or any(not isinstance(n, int) or n < 1 for n in grid):
+    if len(grid) != 3:
         raise ValueError(f"grid must be three whole numbers >= 1, got {grid!r}")
     inputs.check_loop(loop)
-    bounds = inputs.check_bounds(bounds)
-    if not math.isfinite(bounds[0]):
-        raise ValueError(f"bounds must be finite, got {bounds}: the lower one fills the border")
     return Spatial(
-        eps=eps, shift=float(shift), rotation=float(rotation), grid=tuple(grid), bounds=bounds,
+        eps=eps,
+        shift=float(shift),
+        rotation=float(rotation),
+        grid=tuple(inputs.check_steps(count, "grid") for count in grid),
+        bounds=inputs.check_bounds(bounds, finite=True),
         loop=loop,
-    )  # fmt: skip
+    )

@@ -49,7 +49,7 @@ class Square:
     norm: str
     queries: int = 5000
     share: float = 0.8
-    rescale: bool = False
+    rescale: bool = True
     edges: bool = True
     restarts: int = 1
     bounds: tuple[float, float] = (0.0, 1.0)
@@ -120,6 +120,7 @@ class Search:
 
     def begin(self, rows: scheduler.Rows) -> State:
         """Vertical stripes in linf, a grid of tiles else."""
+        inputs.check_pictures(rows.x)
         shape = rows.x.shape[1:]
         start = _stripes if self.norm == "linf" else functools.partial(_tiles, self.norm)
         delta = jax.vmap(lambda key: start(jax.random.fold_in(key, 0), shape))(rows.keys)
@@ -131,7 +132,7 @@ class Search:
 
     def advance(self, logits_fn, state, rows, args):
         """One query per example."""
-        wide = lambda a: a.reshape(-1, *(1,) * (rows.x.ndim - 1))  # noqa: E731
+        wide = functools.partial(inputs.wide, like=rows.x)
         proposal = jnp.where(wide(state.i == 0), state.delta, self._proposal(state, rows))
         logits = logits_fn(rows.x + proposal, *args)
         margin = -losses.margin(logits, rows.labels)
@@ -168,7 +169,7 @@ class Search:
         low = jnp.minimum(self.bounds[0] - rows.x, 0)
         high = jnp.maximum(self.bounds[1] - rows.x, 0)
         if self.norm == "l2":
-            length = balls.norms(delta, "l2").reshape(-1, *(1,) * (delta.ndim - 1))
+            length = inputs.wide(balls.norms(delta, "l2"), delta)
             return jnp.clip(delta * rows.eps / (length + 1e-12), low, high)
         return balls.ball(self.norm).project(delta, rows.eps, low, high)
 
@@ -308,27 +309,25 @@ def square(
     """Square attack; arguments as the attributes of `Square`.
 
     Raises:
-        ValueError: a negative eps, no query or restart, a share outside (0, 1], an unknown norm or
-            loop, or bounds that are None or the wrong way round.
+        ValueError: a negative eps or, in linf, one beyond the box, no query or restart, a share
+            outside (0, 1], an unknown norm or loop, or bounds that are None or the wrong way round.
     """
     balls.ball(norm)
-    inputs.check_number("eps", eps, low=0)
-    for name, value in {"queries": queries, "restarts": restarts}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie in (0, 1], got {share}")
     if bounds is None:
         raise ValueError("bounds must be (low, high), got None")
+    bounds = inputs.check_bounds(bounds)
+    inputs.check_eps(eps, norm, bounds)
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share}")
     inputs.check_loop(loop)
     return Square(
         eps=eps,
         norm=norm,
-        queries=queries,
+        queries=inputs.check_steps(queries, "queries"),
         share=share,
         rescale=rescale,
         edges=edges,
-        restarts=restarts,
-        bounds=inputs.check_bounds(bounds),
+        restarts=inputs.check_steps(restarts, "restarts"),
+        bounds=bounds,
         loop=loop,
     )

@@ -1,5 +1,7 @@
 """Attacks made of attacks: restarts, the worst of several, targeted and multi-targeted."""
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -95,7 +97,7 @@ class Targeted:
         Returns:
             x_adv, of x's shape and type.
         """
-        x, targets = _checked(logits_fn, x, targets, args)
+        x, targets, args = checked(logits_fn, x, targets, args)
         return self.attack(_TowardsTarget(logits_fn), x, key, mask=mask, args=(targets, *args))
 
 
@@ -128,7 +130,7 @@ class MultiTargeted:
         Returns:
             x_adv, of x's shape and type.
         """
-        x, labels = _checked(logits_fn, x, labels, args)
+        x, labels, args = checked(logits_fn, x, labels, args)
         keys = inputs.example_keys(key, x.shape[0])
         others = _likeliest_others(logits_fn, x, labels, args)
         loss_fn = _TargetMargin(logits_fn)
@@ -150,20 +152,21 @@ def restarts(attack: Attack, count: int, *, select: LossFn | None = None) -> Res
         select: (x, *args) -> [b], by which results are compared; the attacked loss by default.
             A margin counts every success: the largest cross entropy need not be one.
     """
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
-    return Restarts(attack=attack, count=count, select=select)
+    check_takes_loss("restarts", attack)
+    return Restarts(attack=attack, count=inputs.check_steps(count, "count"), select=select)
 
 
 def worst_of(*attacks: Attack, select: LossFn | None = None) -> WorstOf:
     """The per-example worst case over several attacks; `select` as in `restarts`."""
     if not attacks:
         raise ValueError("worst_of needs at least one attack, got none")
+    check_takes_loss("worst_of", *attacks)
     return WorstOf(attacks=attacks, select=select)
 
 
 def targeted(attack: Attack) -> Targeted:
     """Makes a gradient attack a targeted one: (logits_fn, x, targets, key) -> x_adv."""
+    check_takes_loss("targeted", attack)
     return Targeted(attack=attack)
 
 
@@ -174,40 +177,51 @@ def multi_targeted(attack: Attack, targets: int = 9) -> MultiTargeted:
 
     Source: Gowal et al. 2019 (An alternative surrogate loss for PGD-based adversarial testing).
     """
-    if targets < 1:
-        raise ValueError(f"targets must be >= 1, got {targets}")
-    return MultiTargeted(attack=attack, targets=targets)
+    check_takes_loss("multi_targeted", attack)
+    return MultiTargeted(attack=attack, targets=inputs.check_steps(targets, "targets"))
+
+
+def check_takes_loss(name: str, *attacks: Attack) -> None:
+    """Refuses attacks that are called with labels: what `name` makes would hand them a key there.
+
+    Raises:
+        TypeError: names the first of them.
+    """
+    for attack in attacks:
+        third = list(inspect.signature(attack).parameters)[2:3]
+        if third in (["labels"], ["targets"]):
+            raise TypeError(
+                f"{name} needs attacks called as attack(loss_fn, x, key), "
+                f"got {type(attack).__name__}, which takes labels"
+            )
 
 
 # Losses as values: equal for equal `logits_fn`, so that the second call finds the first one's
 # compiled code. A fresh lambda would compile again.
 
 
-@jax.tree_util.register_static
-class _LossOfLogits:
-    def __init__(self, logits_fn: LogitsFn):
-        self.logits_fn = logits_fn
+@dataclasses.dataclass(frozen=True)
+class _TowardsTarget:
+    logits_fn: LogitsFn
 
-    def __eq__(self, other: Any) -> bool:
-        return type(self) is type(other) and self.logits_fn == other.logits_fn
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.logits_fn))
-
-
-class _TowardsTarget(_LossOfLogits):
     def __call__(self, x, targets, *args):
         return -losses.cross_entropy(self.logits_fn(x, *args), targets)
 
 
-class _TargetMargin(_LossOfLogits):
+@dataclasses.dataclass(frozen=True)
+class _TargetMargin:
+    logits_fn: LogitsFn
+
     def __call__(self, x, labels, targets, *args):
         logits = self.logits_fn(x, *args)
         return classifier.pick(logits, targets) - classifier.pick(logits, labels)
 
 
-class Margin(_LossOfLogits):
+@dataclasses.dataclass(frozen=True)
+class Margin:
     """How far the likeliest wrong class is ahead of the true one; no answer is a wrong one."""
+
+    logits_fn: LogitsFn
 
     def __call__(self, x, labels, *args):
         """[b] margins."""
@@ -215,12 +229,13 @@ class Margin(_LossOfLogits):
         return jnp.where(jnp.isnan(logits).any(1), jnp.inf, losses.margin(logits, labels))
 
 
-def _checked(logits_fn, x, labels, args):
-    x = inputs.check_images(x, inputs.ANYWHERE)  # the attack itself knows the bounds
-    classes = jax.eval_shape(logits_fn, x, *args).shape[-1]
-    if classes < 2:
-        raise ValueError(f"logits_fn must return logits of at least 2 classes, got {classes}")
-    return x, inputs.check_labels(labels, x.shape[0], classes)
+def checked(
+    logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, args: Any
+) -> tuple[Array, Array, tuple]:
+    """X, labels and args; bounds and mask are the wrapped attack's to check."""
+    x, args = inputs.check_images(x, inputs.ANYWHERE), inputs.check_args(args)
+    classes = classifier.class_count(logits_fn, x, args)
+    return x, inputs.check_labels(labels, x.shape[0], classes), args
 
 
 @jax.jit(static_argnums=0)
@@ -246,5 +261,5 @@ def _keep(score_fn, best, best_score, x_adv, args):
     if best is None:
         return x_adv, score
     better = score > best_score
-    shape = (-1,) + (1,) * (x_adv.ndim - 1)
-    return jnp.where(better.reshape(shape), x_adv, best), jnp.where(better, score, best_score)
+    kept = jnp.where(inputs.wide(better, x_adv), x_adv, best)
+    return kept, jnp.where(better, score, best_score)
