@@ -1,5 +1,7 @@
 """AutoAttack as its users meet it: the ledger, small worlds, interruption, and what is refused."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,10 @@ from jaxrobust.files import CheckpointError
 from tests.test_apgd import BATCH, KEY, LABELS, X, logits_fn
 
 EPS = 0.03
+
+
+# As it is called outside of the tests, without their checks of the annotations.
+unchecked = inspect.unwrap(jr.auto_attack)
 
 
 def small_suite(eps=EPS, norm="linf", bounds=(0.0, 1.0)):
@@ -147,16 +153,45 @@ def test_the_order_of_the_attacks_belongs_to_the_state(tmp_path):
     [
         ({"clean": attacks.apgd_ce("linf", EPS)}, "attacks must have names of their own"),
         ({"ddn": attacks.ddn()}, "attacks must be attacks on a classifier .* got DDN for 'ddn'"),
-        ({"far": attacks.apgd_ce("linf", 8.0)}, "attacks must stay within eps 0.03, got 8.0"),
+        (
+            {"far": attacks.apgd_ce("linf", 0.9)},
+            "attacks must stay within eps 0.03, got 0.9 for 'far'",
+        ),
         (
             {"wide": attacks.apgd_ce("linf", EPS, bounds=(-1.0, 1.0))},
             r"attacks must have bounds \(0.0, 1.0\)",
         ),
+        ({"round": attacks.apgd_ce("l2", EPS)}, "attacks must be of norm 'linf', got .* of 'l2'"),
+        ({"turn": attacks.spatial()}, "attacks must be of norm 'linf', got Spatial of None"),
+        ({"any": attacks.fab("linf")}, "attacks must stay within eps 0.03, got inf for 'any'"),
     ],
 )
 def test_attacks_beyond_the_threat_are_refused(chosen, message):
     with pytest.raises(ValueError, match=message):
         run(chosen=chosen)
+
+
+def test_radii_are_compared_example_by_example():
+    radii = np.where(np.arange(BATCH) == 7, 0.01, EPS)
+    with pytest.raises(ValueError, match=r"within eps 0.01, got 0.03 for 'apgd-ce' at row 7"):
+        run(eps=radii, chosen={"apgd-ce": attacks.apgd_ce("linf", EPS)})
+    one = {"apgd-ce": attacks.apgd_ce("linf", radii, steps=5)}
+    result = run(eps=radii, chosen=one)
+    moved = balls.norms(jnp.asarray(result.x_adv) - X, "linf")
+    assert (moved <= radii + 1e-6).all()
+    with pytest.raises(ValueError, match=r"within eps 0.03, got 0.05 for 'map' at row 0"):
+        run(
+            chosen={
+                "map": attacks.apgd_ce("linf", np.linspace(0, 0.05, X[0].size).reshape(X[0].shape))
+            }
+        )
+
+
+def test_only_what_has_no_norm_may_name_another_threat():
+    with pytest.raises(ValueError, match="norm must be one of"):
+        run(norm="lone", chosen={"apgd-ce": attacks.apgd_ce("linf", EPS)})
+    turned = run(norm="turned", eps=1.0, chosen={"turn": attacks.spatial(grid=(1, 1, 3))})
+    assert turned.norm == "turned"
 
 
 def test_scaling_the_logits_does_not_change_the_verdict(whole):
@@ -295,6 +330,8 @@ def test_a_second_size_of_batch_or_set_compiles_nothing_new():
         ({"function": lambda x: logits_fn(x) * jnp.nan}, ValueError, "finite logits"),
         ({"function": lambda x: logits_fn(x)[:, :1]}, ValueError, "at least 2 classes"),
         ({"chosen": {}}, ValueError, "needs attacks"),
+        ({"images": X.at[3].set(jnp.nan)}, ValueError, "images must lie in .* NaN"),
+        ({"indices": np.arange(BATCH) / 2}, ValueError, "indices must be whole numbers"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_any_attack(change, error, message):
@@ -302,11 +339,61 @@ def test_what_makes_no_sense_is_refused_before_any_attack(change, error, message
         run(**{"chosen": small_suite(), **change})
 
 
+def test_a_box_is_needed():
+    with pytest.raises(ValueError, match=r"bounds must be \(low, high\), .* got None"):
+        unchecked(logits_fn, X, LABELS, eps=EPS, key=KEY, bounds=None)
+
+
 def test_versions_and_attacks_exclude_each_other():
     with pytest.raises(ValueError, match="for version 'custom'"):
         jr.auto_attack(logits_fn, X, LABELS, eps=EPS, attacks=small_suite(), key=KEY)
     with pytest.raises(ValueError, match="version must be one of"):
         jr.auto_attack(logits_fn, X, LABELS, eps=EPS, version="strong", key=KEY)
+
+
+def flagged(function):
+    chosen = {name: small_suite()[name] for name in ("apgd-ce", "square")}
+    labels = logits_fn(X).argmax(1)
+    return {note.partition(":")[0] for note in run(X, labels, function, chosen=chosen).notes}
+
+
+def test_autoattacks_own_flags_are_raised_and_only_where_they_apply():
+    draw = np.random.default_rng(0)
+    noisy = lambda x: logits_fn(x) + draw.normal(size=5).astype(np.float32)  # noqa: E731
+    assert not flagged(logits_fn)
+    assert flagged(lambda x: jax.nn.softmax(logits_fn(x))) == {"probabilities"}
+    assert "repeatable" in flagged(noisy)
+    found = flagged(lambda x: jax.lax.stop_gradient(logits_fn(x)))
+    assert found == {"zero gradient", "black box"}
+
+
+def test_a_result_says_of_which_question_it_is_the_answer(whole):
+    _, result = whole
+    assert (result.norm, result.eps, list(result.attacks)) == ("linf", EPS, list(small_suite()))
+    assert jax.random.wrap_key_data(result.key) == KEY
+
+
+def test_what_is_no_classifier_is_named():
+    model = jr.models.small_cnn(channels=(2,), strides=(2,), kernel=3, dense=(5,))
+    variables = model.init(KEY, X.shape[1:])
+    for function, error, message in (
+        (model, TypeError, "logits_fn must be a function .* got Model: pass lambda x, variables"),
+        (model.apply, TypeError, "logits_fn must take .* got one that takes x last"),
+        (lambda x, _: (logits_fn(x), x), TypeError, "and nothing else, got a tuple"),
+        (lambda x, _: logits_fn(x, x), TypeError, "positional argument"),
+        (None, TypeError, "logits_fn must be a function .* got NoneType$"),
+    ):
+        with pytest.raises(error, match=message):
+            unchecked(function, X, LABELS, eps=EPS, key=KEY, args=(variables,), progress=False)
+
+
+def test_counts_may_be_numpys_and_no_bools():
+    chosen = {"apgd-ce": small_suite()["apgd-ce"]}
+    settings = {"eps": EPS, "version": "custom", "attacks": chosen, "key": KEY, "progress": False}
+    result = unchecked(logits_fn, X, LABELS, batch_size=np.int64(16), **settings)
+    same(result, run(chosen=chosen))
+    with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got True"):
+        unchecked(logits_fn, X, LABELS, batch_size=True, **settings)
 
 
 def test_slots_are_refilled_while_others_go_on():

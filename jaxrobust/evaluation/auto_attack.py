@@ -8,34 +8,32 @@ number of slots (`attacks.scheduler`), and an example's randomness is its own, s
 depend on batch size, order or devices.
 """
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from jaxrobust import parallel
-from jaxrobust.attacks import classifier, inputs, scheduler
-from jaxrobust.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
+from jaxrobust import balls
+from jaxrobust.attacks import inputs
+from jaxrobust.attacks.apgd import ClassifierAPGD, apgd_ce, apgd_dlr, apgd_t
 from jaxrobust.attacks.fab import fab, fab_t
-from jaxrobust.attacks.square import square
-from jaxrobust.evaluation.ledger import CLEAN, HOLDS, Ledger
+from jaxrobust.attacks.square import Square, square
+from jaxrobust.evaluation import checks, given, probes
+from jaxrobust.evaluation.ledger import CLEAN, HOLDS
+from jaxrobust.evaluation.task import radii_of, run_suite, task_of
 
-# Logits that a state keeps, to tell models apart.
-_KEPT_LOGITS = 100_000
+NORMS = ("linf", "l2", "l1")
+# So much of a radius is rounding.
+_ROUNDING = 1e-6
 
 VERSIONS = ("standard", "plus", "rand", "custom")
 
 
 class AutoAttackResult(NamedTuple):
-    """What the suite found.
+    """What the suite found, and of which question.
 
     Attributes:
         x_adv: [n, h, w, c] float32; a misclassified image inside ball and box for each example that
@@ -47,7 +45,14 @@ class AutoAttackResult(NamedTuple):
         seconds: by attack, compilation included.
         iterations: by attack: how often an image was evaluated, idle slots included; what an
             interruption lost is not counted.
-        notes: what a reader of the figure must know.
+        notes: what a reader of the figure must know; among it AutoAttack's own flags, in the words
+            of the report card (`report_card`): zero gradients, outputs that differ between two
+            calls, probabilities instead of logits, and a Square that breaks what the other attacks
+            left. The first two are looked for in the first batch.
+        norm: as given.
+        eps: as given.
+        key: the key's data, as `jax.random.key_data` has it.
+        attacks: by name, in their order.
     """
 
     x_adv: np.ndarray
@@ -57,6 +62,10 @@ class AutoAttackResult(NamedTuple):
     seconds: dict[str, float]
     iterations: dict[str, int]
     notes: tuple[str, ...]
+    norm: str
+    eps: Any
+    key: np.ndarray
+    attacks: dict[str, Any]
 
 
 def suite(version: str, norm: str, eps: Any, bounds=(0.0, 1.0)) -> dict[str, Any]:
@@ -124,9 +133,11 @@ def auto_attack(
         images: [n, h, w, c] float in `bounds`.
         labels: [n] whole numbers.
         eps: radius: a number, or [n] one per example.
-        norm: "linf", "l2" or "l1".
+        norm: "linf", "l2" or "l1"; of attacks that stay in no ball, such as `jr.spatial`, a name of
+            the threat's own.
         version: "standard", "plus", "rand", or "custom" with `attacks`.
-        attacks: for "custom": attack values by name, as `suite` makes them; their own eps counts.
+        attacks: for "custom": attack values by name, as `suite` makes them, of this norm. Their own
+            eps counts, which may not be above `eps` for any example.
         key: one typed key; example i draws from fold_in(key, indices[i]).
         args: arrays that `logits_fn` takes besides x, such as its variables.
         bounds: the box.
@@ -142,10 +153,11 @@ def auto_attack(
         An `AutoAttackResult`; flags, images and names are equal after any interruption.
 
     Raises:
-        TypeError, ValueError: images, labels, key, eps or version are not of the form above, logits
-            are not finite, or `state` holds another evaluation. Before any attack is run.
+        TypeError, ValueError: images, labels, key, eps, version or logits_fn are not of the form
+            above, an attack is of another threat, logits are not finite, or `state` holds another
+            evaluation. Before any attack is run.
     """
-    images, labels, keys = check_examples(images, labels, indices, key, bounds)
+    images, labels, keys = given.check_examples(images, labels, indices, key, bounds)
     if version == "custom" and not attacks:
         raise ValueError("version 'custom' needs attacks, got none")
     if version != "custom" and attacks is not None:
@@ -157,130 +169,46 @@ def auto_attack(
             "8 / 255, not 8"
         )
     if version == "custom":
-        _check_attacks(attacks, eps, bounds)
+        _check_attacks(attacks, norm, eps, bounds, images)
     chosen = dict(attacks) if version == "custom" else suite(version, norm, eps, bounds)
-    draws = {attack.draws for attack in chosen.values()}
-    if len(draws) > 1:
-        raise ValueError(f"attacks must agree on draws of a random model, got {sorted(draws)}")
-    slots = _slots(batch_size, mesh)
-    args = parallel.replicate(args, mesh) if mesh else args
-    draws = draws.pop()
-    correct, targets, logits = _clean_pass(
-        logits_fn, images, labels, keys, args, draws, slots, mesh
-    )
-    classes = logits.shape[1]
-    searches = {name: attack.search(classes) for name, attack in chosen.items()}
-    ledger = Ledger(
-        state,
-        save_every,
-        _fingerprint(images, labels, keys, chosen),
-        images,
-        correct,
-        logits[: max(_KEPT_LOGITS // classes, 1)],
-        tuple(chosen),
-    )
-    for number, (name, search) in enumerate(searches.items()):
-        jobs = ledger.jobs(name, search.rounds)
-        if name in ledger.finished:
-            continue
-        ledger.begin(name)
-        problem = scheduler.Problem(
-            x=images,
-            labels=labels,
-            targets=targets[:, : search.targets],
-            eps=_radii(chosen[name].eps, images),
-            keys=inputs.fold(keys, number),
-        )
-        with tqdm(total=len(jobs), desc=name, unit="image", disable=not progress) as bar:
-
-            def done(example, number, broken, x_adv, rounds=search.rounds, bar=bar):
-                ledger.record(example, number, x_adv if broken else None)
-                bar.update(broken or number + 1 == rounds)
-                bar.set_postfix_str(f"{ledger.robust.mean():.1%} hold", refresh=False)
-
-            scheduler.run(
-                search, logits_fn, problem, jobs, done, args=args, slots=slots, mesh=mesh,
-                on_turn=ledger.spend,
-            )  # fmt: skip
-        ledger.end(name)
+    task = task_of(logits_fn, images, labels, keys, chosen, args, batch_size, mesh)
+    ledger, logits = run_suite(task, chosen, state=state, save_every=save_every, progress=progress)
+    broken_by = np.asarray(ledger.names)[ledger.broken_by]
     return AutoAttackResult(
         x_adv=ledger.x_adv,
         robust=ledger.robust,
-        broken_by=np.asarray(ledger.names)[ledger.broken_by],
+        broken_by=broken_by,
         accuracy=ledger.accuracy,
         seconds=ledger.seconds,
         iterations=ledger.iterations,
-        notes=tuple(_notes(chosen, classes, draws)),
+        notes=(*_notes(chosen, task.classes, task.draws), *_flags(task, chosen, logits, broken_by)),
+        norm=norm,
+        eps=eps,
+        key=np.asarray(jax.random.key_data(key)),
+        attacks=chosen,
     )
 
 
-def check_examples(
-    images: Any, labels: Any, indices: Any, key: jax.Array, bounds: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray, jax.Array]:
-    """Images float32, labels int32, and a key for each example; refuses what is not of that form.
+def by_queries(chosen: Mapping[str, Any], broken_by: np.ndarray) -> np.ndarray | None:
+    """Which examples fell to Square after all other attacks had left them: [n] bool.
 
-    Raises:
-        TypeError, ValueError: names the argument, its value and what was expected.
+    None if Square was not last, or alone: what it breaks before a white-box attack comes to it says
+    nothing of white-box attacks.
     """
-    images = np.asarray(images)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
-    inputs.check_images(images, inputs.check_bounds(bounds), "images")
-    labels = np.asarray(labels)
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels must be [{len(images)}] whole numbers, got {labels.dtype} {labels.shape}"
-        )
-    indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-    if indices.shape != labels.shape:
-        raise ValueError(f"indices must have shape {labels.shape}, got {indices.shape}")
-    if np.ndim(key) != 0:
-        raise ValueError(f"key must be one typed key, got shape {np.shape(key)}")
-    inputs.example_keys(key, 1)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
-    return images.astype(np.float32), labels.astype(np.int32), keys
+    squares = [name for name, attack in chosen.items() if isinstance(attack, Square)]
+    others = len(chosen) - len(squares)
+    return np.isin(broken_by, squares) if others and list(chosen)[others:] == squares else None
 
 
-def _slots(batch_size, mesh):
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
-    devices = mesh.size if mesh else 1
-    return -(-(2 ** (batch_size.bit_length() - 1)) // devices) * devices
+def norm_of(attack: Any) -> str | None:
+    """The norm whose ball an attack stays in, or None of one that has none, such as a rotation."""
+    inner = attack.attack if isinstance(attack, ClassifierAPGD) else attack
+    return getattr(inner, "norm", None)
 
 
-def _radii(eps, images):
-    """[n, 1, 1, 1], or [n, h, w, c] from a map."""
-    return np.asarray(classifier.radii(eps, None, jnp.asarray(images)))
-
-
-def _clean_pass(logits_fn, images, labels, keys, args, draws, slots, mesh):
-    """Correctness [n], the likeliest wrong classes [n, t], and the logits [n, classes]."""
-    slots = scheduler.fitting(slots, len(images), mesh)
-    place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
-    one = jax.ShapeDtypeStruct((slots, *images.shape[1:]), np.float32)
-    extra = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots)),) if draws else ()
-    classes = classifier.class_count(logits_fn, one, (*extra, *args))
-    inputs.check_labels(labels, len(labels), classes)
-    parts = []
-    for start in range(0, len(images), slots):
-        rows = np.minimum(np.arange(start, start + slots), len(images) - 1)
-        x, y = place((images[rows], labels[rows]))
-        parts.append(classifier.clean_pass(logits_fn, x, y, keys[rows], args, classes - 1, draws))
-    correct, targets, logits = (
-        np.concatenate([np.asarray(p) for p in column])[: len(images)]
-        for column in zip(*parts, strict=True)
-    )
-    if not np.isfinite(logits).all():
-        bad = np.flatnonzero(~np.isfinite(logits).all(1))
-        raise ValueError(
-            f"logits_fn must return finite logits, got others for {len(bad)} images, "
-            f"the first at row {bad[0]}"
-        )
-    return correct, targets, logits
-
-
-def _check_attacks(attacks, eps, bounds):
+def _check_attacks(attacks, norm, eps, bounds, images):
     """Refuses what is no attack on a classifier, or attacks beyond the threat that is named."""
+    radii = radii_of(eps, images)
     for name, attack in attacks.items():
         if name in (HOLDS, CLEAN):
             raise ValueError(f"attacks must have names of their own, got {name!r}")
@@ -291,25 +219,37 @@ def _check_attacks(attacks, eps, bounds):
             )
         if tuple(attack.bounds) != tuple(bounds):
             raise ValueError(f"attacks must have bounds {bounds}, got {attack.bounds} for {name!r}")
-        if attack.eps is None or np.max(attack.eps) > np.max(eps) * (1 + 1e-6):
+        own = norm_of(attack)
+        if own is not None:
+            balls.ball(norm)
+        if own != (norm if norm in NORMS else None):
+            kind = type(attack).__name__
             raise ValueError(
-                f"attacks must stay within eps {np.max(eps):g}, got {attack.eps} for {name!r}"
+                f"attacks must be of norm {norm!r}, got {kind} of {own!r} for {name!r}"
+            )
+        if attack.eps is None:
+            raise ValueError(f"attacks must have an eps, got None for {name!r}")
+        theirs = radii_of(attack.eps, images)
+        beyond = (theirs > radii * (1 + _ROUNDING)).any((1, 2, 3))
+        if beyond.any():
+            row = beyond.argmax()
+            raise ValueError(
+                f"attacks must stay within eps {radii[row].min():g}, got {theirs[row].max():g} for "
+                f"{name!r} at row {row}"
             )
 
 
-def _fingerprint(images, labels, keys, chosen):
-    """Tells whether a state belongs to this evaluation: data, and attacks in their order."""
-    digest = hashlib.sha256()
-    for part in (images, labels, jax.random.key_data(keys)):
-        digest.update(np.ascontiguousarray(part).tobytes())
-    words = [[name, dataclasses.asdict(attack)] for name, attack in chosen.items()]
-    digest.update(json.dumps(words, sort_keys=True, default=_plain).encode())
-    return digest.hexdigest()
-
-
-def _plain(value):
-    """Arrays as numbers, functions by their names."""
-    return value.__qualname__ if callable(value) else np.asarray(value).tolist()
+def _flags(task, chosen, logits, broken_by) -> Iterator[str]:
+    """AutoAttack's own flags, as notes."""
+    seen = probes.glance(task.logits_fn, task.draws, *task.batch(0), task.args)
+    queried = by_queries(chosen, broken_by)
+    judged = (
+        checks.zero_gradient(np.asarray(seen.slope)),
+        checks.repeatable(float(seen.spread)),
+        checks.probabilities(logits),
+        *(() if queried is None else (checks.black_box(queried),)),
+    )
+    return (f"{check.name}: {check.meaning}" for check in judged if not check.passed)
 
 
 def _notes(chosen, classes, draws):
@@ -318,10 +258,11 @@ def _notes(chosen, classes, draws):
             f"random model: an image counts as right where most of {draws} draws are, before an "
             "attack as after it"
         )
-    if classes < 4 and any("-t" in name for name in chosen):
+    climbed = {getattr(attack, "loss", None) for attack in chosen.values()}
+    if classes < 4 and "targeted_dlr" in climbed:
         used = "the margin" if classes == 2 else "the margin in units of the logits' range"
         yield f"{classes} classes: the targeted DLR needs 4, APGD-T climbs {used} instead"
-    if classes < 3 and "apgd-dlr" in chosen:
+    if classes < 3 and "dlr" in climbed:
         yield f"{classes} classes: the DLR needs 3, APGD-DLR climbs the margin instead"
     most = max((getattr(attack, "targets", None) or 1 for attack in chosen.values()), default=1)
     if most > classes - 1:

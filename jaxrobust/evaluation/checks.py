@@ -116,9 +116,9 @@ def large_radius(curve: Mapping[float, float], classes: int, count: int) -> Chec
     )
 
 
-def zero_gradient(probed: Probe) -> Check:
-    """Every image has a gradient to follow."""
-    share = flat(probed.slope).mean()
+def zero_gradient(slope: np.ndarray) -> Check:
+    """Every image has a gradient to follow; `slope` [n] is its largest entry."""
+    share = flat(slope).mean()
     return _judged(
         "zero gradient",
         share,
@@ -158,10 +158,9 @@ def jump(probed: Probe) -> Check:
     )
 
 
-def probabilities(probed: Probe) -> Check:
-    """Outputs are logits, and not probabilities already."""
-    z = probed.logits
-    share = np.mean((z.min(1) >= 0) & (np.abs(z.sum(1) - 1) < 1e-3))
+def probabilities(logits: np.ndarray) -> Check:
+    """Outputs [n, classes] are logits, and not probabilities already."""
+    share = np.mean((logits.min(1) >= 0) & (np.abs(logits.sum(1) - 1) < 1e-3))
     return _judged(
         "probabilities",
         share,

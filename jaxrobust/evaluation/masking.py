@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxrobust import balls
+from jaxrobust import balls, parallel
 from jaxrobust.attacks import inputs
 from jaxrobust.attacks.apgd import apgd_ce, apgd_t
 from jaxrobust.attacks.square import square
-from jaxrobust.evaluation import checks, probes
-from jaxrobust.evaluation.auto_attack import auto_attack, check_examples
+from jaxrobust.evaluation import checks, given, probes
 from jaxrobust.evaluation.checks import Check
+from jaxrobust.evaluation.ledger import Ledger
+from jaxrobust.evaluation.task import run_suite, task_of
 
 # The iterative attack: its step in units of eps, its steps, and how many times more for the check.
 STEP, STEPS, LONGER = 0.1, 40, 4
@@ -48,7 +50,9 @@ def report_card(
     steps: int = 100,
     targets: int = 9,
     queries: int = 1000,
+    indices: Any = None,
     batch_size: int = 256,
+    mesh: Mesh | None = None,
 ) -> tuple[Check, ...]:
     """Checks whether a model's gradients can be trusted to find its adversarial examples.
 
@@ -65,7 +69,7 @@ def report_card(
         labels: [n] whole numbers.
         eps: radius, > 0, in the unit of the images.
         norm: "linf", "l2" or "l1".
-        key: one typed key; example i draws from fold_in(key, i).
+        key: one typed key; example i draws from fold_in(key, indices[i]).
         args: arrays that `logits_fn` takes besides x.
         bounds: the box, finite.
         white_box: [n] bool, which examples are right under the strongest gradient attacks; None
@@ -80,7 +84,10 @@ def report_card(
         steps: iterations of the white-box attacks.
         targets: classes that APGD-T aims at.
         queries: of Square.
-        batch_size: examples at a time; the last batch is filled up.
+        indices: [n] numbers of the examples in their data set; 0 .. n - 1 by default.
+        batch_size: examples at a time, rounded up to a multiple of the devices; the last batch is
+            filled up.
+        mesh: spreads each batch over devices; one device by default.
 
     Returns:
         The checks, always the same ones in the same order; those that do not apply say why.
@@ -92,19 +99,27 @@ def report_card(
         raise ValueError(f"eps must be a number > 0, got {eps!r}")
     if preprocessor is not None and random:
         raise ValueError("preprocessor must be None for a random model: BPDA takes (x, *args)")
-    low, high = inputs.check_bounds(bounds)
+    counts = {"steps": steps, "targets": targets, "queries": queries, "batch_size": batch_size}
+    for name, count in counts.items():
+        inputs.check_steps(count, name)
+    inputs.check_steps(draws, "draws", low=int(random))
+    low, high = given.check_bounds(bounds)
     if not np.isfinite(high - low):
         raise ValueError(f"bounds must be finite, got {bounds}")
     balls.ball(norm)
-    images, labels, keys = check_examples(images, labels, None, key, bounds)
+    images, labels, keys = given.check_examples(images, labels, indices, key, bounds)
+    devices = mesh.size if mesh else 1
+    if mesh is not None:
+        args = parallel.replicate(args, mesh)
+        surrogates = [(other, parallel.replicate(theirs, mesh)) for other, theirs in surrogates]
     model = _Model(
         logits_fn, images, labels, keys, args, eps, norm, (low, high), draws * random,
-        min(batch_size, len(images)),
+        -(-min(batch_size, len(images)) // devices) * devices, mesh,
     )  # fmt: skip
     probed = model.probe(key)
     holds = _flags("white_box", white_box, len(labels))
     if holds is None:
-        holds = model.white_box(key, steps, targets)
+        holds = model.white_box(steps, targets)
     queried = _flags("black_box", black_box, len(labels))
     if queried is None:
         queried = model.black_box(key, holds, queries)
@@ -116,10 +131,10 @@ def report_card(
         checks.black_box(holds & ~queried),
         _transfer(model, holds, surrogates),
         checks.large_radius(curve, probed.logits.shape[1], model.count),
-        checks.zero_gradient(probed),
+        checks.zero_gradient(probed.slope),
         checks.repeatable(repeat),
         checks.jump(probed),
-        checks.probabilities(probed),
+        checks.probabilities(probed.logits),
         _convergence(model, holds),
         checks.slopes(probed),
         checks.monotone(curve, model.count),
@@ -141,6 +156,7 @@ class _Model(NamedTuple):
     bounds: tuple[float, float]
     draws: int
     batch_size: int
+    mesh: Mesh | None
 
     @property
     def count(self):
@@ -159,6 +175,8 @@ class _Model(NamedTuple):
         for start in range(0, self.count, self.batch_size):
             rows = np.minimum(np.arange(start, start + self.batch_size), self.count - 1)
             chosen = [column[rows] for column in (self.images, self.labels, self.keys, *columns)]
+            if self.mesh is not None:
+                chosen = parallel.shard_batch(chosen, self.mesh)
             parts.append(jax.tree.map(np.asarray, function(*chosen)))
         whole = lambda *leaves: np.concatenate(leaves)[: self.count]  # noqa: E731
         return jax.tree.map(whole, *parts)
@@ -190,13 +208,13 @@ class _Model(NamedTuple):
         )
         return self.batched(ask, x)
 
-    def white_box(self, key, steps, targets):
+    def white_box(self, steps, targets):
         options = {"steps": steps, "draws": self.draws, "bounds": self.bounds}
         chosen = {
             "apgd-ce": apgd_ce(self.norm, self.eps, **options),
             "apgd-t": apgd_t(self.norm, self.eps, targets=targets, **options),
         }
-        return self._suite(self.logits_fn, self.args, key, chosen).robust
+        return self._suite(self.logits_fn, self.args, chosen).robust
 
     def black_box(self, key, holds, queries):
         """Square on what holds; a random model is held to one draw, and asked again with others."""
@@ -206,17 +224,16 @@ class _Model(NamedTuple):
         function, args = self.logits_fn, self.args
         if self.draws:
             function, args = probes.FixedDraw(function), (key, *args)
-        found = self._suite(function, args, key, attack, np.flatnonzero(holds))
+        found = self._suite(function, args, attack, np.flatnonzero(holds))
         x_adv = self.images.copy()
         x_adv[holds] = found.x_adv
         return holds & ~self.wrong(x_adv)
 
-    def _suite(self, logits_fn, args, key, attacks, rows=slice(None)):
-        return auto_attack(
-            logits_fn, self.images[rows], self.labels[rows], eps=self.eps, norm=self.norm,
-            version="custom", attacks=attacks, key=key, args=args, bounds=self.bounds,
-            indices=np.arange(self.count)[rows], batch_size=self.batch_size, progress=False,
-        )  # fmt: skip
+    def _suite(self, logits_fn, args, chosen, rows=slice(None)) -> Ledger:
+        """Without `auto_attack`'s flags, which are among the card's own checks."""
+        examples = self.images[rows], self.labels[rows], self.keys[rows]
+        task = task_of(logits_fn, *examples, chosen, args, self.batch_size, self.mesh)
+        return run_suite(task, chosen)[0]
 
     def curves(self):
         """{radius: accuracy} of the one-step attack and of PGD, each run by itself."""

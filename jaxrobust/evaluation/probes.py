@@ -150,6 +150,47 @@ def _cosine(a, b):
     return jnp.where(jnp.isfinite(cosine), cosine, 0.0)
 
 
+class Glance(NamedTuple):
+    """What `glance` sees.
+
+    Attributes:
+        slope: [b] largest entry of the cross entropy's input gradient; 0 if any is not finite.
+        spread: largest difference of a logit between two identical calls, in units of the logits'
+            range.
+    """
+
+    slope: Array
+    spread: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def glance(
+    logits_fn: LogitsFn, draws: int, x: Array, labels: Array, keys: Array, args: tuple
+) -> Glance:
+    """The cheapest look at a batch: is there a gradient, and are two calls alike?
+
+    Both calls are in one program, compiled once per model: XLA computes them as one if they are
+    alike, and randomness that is drawn while tracing still shows.
+
+    Args:
+        logits_fn: as in `probe`.
+        draws: as in `probe`.
+        x: [b, h, w, c] images.
+        labels: [b].
+        keys: [b] typed keys.
+        args: what `logits_fn` takes besides.
+    """
+    rows = _rows(x, labels, keys)
+    grad = classifier.evaluate(logits_fn, _cross_entropy, x, rows, args, draws)[2]
+    own = (keys,) if draws else ()
+    first, second = (logits_fn(x, *own, *args) for _ in range(2))
+    size = jnp.maximum(first.max() - first.min(), _TINY)
+    return Glance(
+        slope=jnp.abs(grad).max(tuple(range(1, x.ndim))),
+        spread=jnp.abs(first - second).max() / size,
+    )
+
+
 class Ascent(NamedTuple):
     """What an ascent found: [n] whether any point of it is misclassified, and where it ended."""
 

@@ -1,0 +1,126 @@
+"""What an evaluation is given: images, labels, keys and a classifier, refused before any attack."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrobust.attacks import classifier, inputs
+
+
+def check_bounds(bounds: Any) -> tuple[float, float]:
+    """The box as floats.
+
+    Raises:
+        ValueError: None, which other functions take for no box, or not (low, high).
+    """
+    if bounds is None or np.shape(bounds) != (2,):
+        raise ValueError(f"bounds must be (low, high), the box of the images, got {bounds!r}")
+    return inputs.check_bounds(bounds)
+
+
+def check_examples(
+    images: Any, labels: Any, indices: Any, key: jax.Array, bounds: Any
+) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+    """Images float32, labels int32, and a key for each example; refuses what is not of that form.
+
+    Args:
+        images: [n, h, w, c] float in `bounds`.
+        labels: [n] whole numbers.
+        indices: [n] whole numbers; None is 0 .. n - 1.
+        key: one typed key; example i gets fold_in(key, indices[i]).
+        bounds: the box.
+
+    Raises:
+        TypeError, ValueError: names the argument, its value and what was expected.
+    """
+    bounds = check_bounds(bounds)
+    try:
+        images = np.asarray(images)
+    except ValueError as error:  # of unequal shapes, as are the fields of a data set
+        kind = type(images).__name__
+        raise TypeError(f"images must be an array [n, h, w, c], got {kind}") from error
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
+    inputs.check_images(images, bounds, "images")
+    labels = np.asarray(labels)
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels must be [{len(images)}] whole numbers, got {labels.dtype} {labels.shape}"
+        )
+    if np.ndim(key) != 0:
+        raise ValueError(f"key must be one typed key, got shape {np.shape(key)}")
+    inputs.example_keys(key, 1)
+    keys = keys_of(key, check_indices(indices, len(images)))
+    return images.astype(np.float32), labels.astype(np.int32), keys
+
+
+def keys_of(key: jax.Array, numbers: np.ndarray) -> jax.Array:
+    """One key for each of the examples of these numbers: [n]."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers))
+
+
+def check_indices(indices: Any, count: int) -> np.ndarray:
+    """The examples' numbers in their data set, 0 .. count - 1 if `indices` is None.
+
+    Raises:
+        ValueError: they are not [count] whole numbers.
+    """
+    indices = np.arange(count) if indices is None else np.asarray(indices)
+    if indices.shape != (count,):
+        raise ValueError(f"indices must have shape {(count,)}, got {indices.shape}")
+    if not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(f"indices must be whole numbers, got {indices.dtype}")
+    return indices
+
+
+def class_count(
+    logits_fn: Any, shape: tuple[int, ...], args: tuple, *, draws: int = 0, rows: int = 1
+) -> int:
+    """How many classes a classifier of images tells apart; asks for shapes alone.
+
+    Args:
+        logits_fn: (x, *args) -> [b, classes], or (x, keys, *args) with draws > 0.
+        shape: (h, w, c).
+        args: what it takes besides.
+        draws: as of the attacks.
+        rows: b.
+
+    Raises:
+        TypeError: no function, one that takes x elsewhere, or one that returns more than logits.
+        ValueError: fewer than 2 logits, or logits that are not [b, classes].
+    """
+    if not callable(logits_fn):
+        advice = "lambda x, variables: model.apply(variables, x), with args=(variables,)"
+        raise TypeError(
+            "logits_fn must be a function (x, *args) -> [b, classes], got "
+            f"{type(logits_fn).__name__}" + f": pass {advice}" * hasattr(logits_fn, "apply")
+        )
+    x = jax.ShapeDtypeStruct((rows, *shape), np.float32)
+    keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),) if draws else ()
+    try:
+        return classifier.class_count(logits_fn, x, (*keys, *args))
+    except Exception as error:
+        message = _misuse(logits_fn, x, (*keys, *args))
+        if message is None:  # the function's own error says it best
+            raise
+        raise TypeError(message) from error
+
+
+def _misuse(logits_fn: Callable, x, args):
+    """What is wrong with a call of `logits_fn` that failed, if it is a usual mistake."""
+    with contextlib.suppress(Exception):
+        found = jax.eval_shape(logits_fn, x, *args)
+        if not hasattr(found, "shape"):
+            kind = type(found).__name__
+            return f"logits_fn must return logits [b, classes] and nothing else, got a {kind}"
+    with contextlib.suppress(Exception):
+        if args and len(jax.eval_shape(logits_fn, *args, x).shape) == 2:
+            return (
+                "logits_fn must take (x, *args), got one that takes x last, as apply does: pass "
+                "lambda x, variables: apply(variables, x)"
+            )
+    return None
