@@ -114,7 +114,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     path, calls = tmp_path / "corruptions.json", []
     whole = accuracies(state=path)
     words = json.loads(path.read_text())
-    dropped = words["accuracy"].pop("contrast 4")
+    dropped = words["found"].pop("contrast 4")
     path.write_text(json.dumps(words))
 
     def counted(images, name, severity, **options):

@@ -1,6 +1,7 @@
 """`evaluate`: its figures are those of its parts, its alarms stay, and it goes on where it was."""
 
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 
 import jaxrobust as jr
 from jaxrobust import evaluation, metrics
-from jaxrobust.evaluation import evaluator as module
+from jaxrobust.files import CheckpointError
 from tests.test_apgd import BATCH, KEY, LABELS, X, logits_fn
 from tests.test_auto_attack import small_suite
 
+# As it is called outside of the tests, without their checks of the annotations.
+unchecked = inspect.unwrap(jr.evaluate)
 THREATS = {"linf": 0.03, "l2": 0.12}
 
 
@@ -100,7 +103,8 @@ def test_a_second_call_reads_what_is_there(found, monkeypatch):
         raise AssertionError("an attack ran again")
 
     monkeypatch.setattr("jaxrobust.attacks.scheduler.run", refuse)
-    monkeypatch.setattr(module, "report_card", lambda *_, **__: report.threats["linf"].checks)
+    monkeypatch.setattr(jr.attacks.PGD, "__call__", refuse)
+    monkeypatch.setattr("jaxrobust.evaluation.probes.ascend", refuse)
     again = jr.evaluate(
         logits_fn,
         X,
@@ -114,6 +118,55 @@ def test_a_second_call_reads_what_is_there(found, monkeypatch):
     )
     np.testing.assert_array_equal(again.threats["l2"].robust, report.threats["l2"].robust)
     assert again.worst_case == report.worst_case
+    assert again.to_dict() == report.to_dict()
+
+
+def test_what_was_found_of_another_model_is_refused(found):
+    folder, _ = found
+    settings = {"suite": short, "key": KEY, "batch_size": 32, "out": folder, "progress": False}
+    state = (folder / "linf.npz").read_bytes()
+    (folder / "linf.npz").unlink()
+    with pytest.raises(CheckpointError, match=r"linf-card.json: the state of another evaluation"):
+        jr.evaluate(lambda x: -logits_fn(x), X, LABELLED, threats={"linf": 0.03}, **settings)
+    (folder / "linf.npz").write_bytes(state)
+
+
+def test_a_report_says_what_it_takes_to_get_it_again(found):
+    folder, _ = found
+    stored = json.loads((folder / "report.json").read_text())
+    key = jax.random.wrap_key_data(
+        np.asarray(stored["key"]["data"], np.uint32), impl=stored["key"]["impl"]
+    )
+    assert key == KEY
+    assert stored["bounds"] == [0.0, 1.0]
+    assert stored["versions"]["jax"] == jax.__version__
+    assert stored["versions"]["jaxrobust"] == jr.__version__
+    assert "cpu" in stored["device"]
+    suite = short("l2", THREATS["l2"], (0.0, 1.0))
+    assert stored["threats"]["l2"]["attacks"] == {name: repr(a) for name, a in suite.items()}
+
+
+def test_order_and_company_change_no_flag(found):
+    _, report = found
+    order = np.random.default_rng(0).permutation(BATCH)[:30]
+    part = jr.evaluate(
+        logits_fn, X[order], LABELLED[order], threats=THREATS, suite=short, key=KEY,
+        batch_size=32, indices=order, curve_images=2, card_images=2, progress=False,
+    )  # fmt: skip
+    for name, threat in part.threats.items():
+        np.testing.assert_array_equal(threat.robust, report.threats[name].robust[order])
+        np.testing.assert_array_equal(threat.broken_by, report.threats[name].broken_by[order])
+
+
+def test_few_images_give_no_all_clear(found):
+    _, report = found
+    assert not report.alarms
+    threat = report.threats["linf"]
+    assert f"10 of 13 checks of the gradients applied, on {BATCH} images" in str(report)
+    assert "no sign of masked gradients" not in str(report)
+    enough = dataclasses.replace(threat, card_images=100)
+    clear = dataclasses.replace(report, threats={"linf": enough})
+    assert "no sign of masked gradients" in str(clear)
 
 
 def test_an_alarm_cannot_be_kept_out_of_the_report(found):
@@ -134,6 +187,8 @@ def test_a_threat_may_be_an_attack_and_counts_in_the_worst_case(tmp_path):
     turned = report.threats["turned"]
     assert set(turned.stages) == {"clean", "turned"}
     assert (turned.eps, turned.curve, turned.checks) == (1.0, {}, ())
+    assert turned.attacks == {"turned": repr(threats["turned"])}
+    assert "turned 1" not in str(report)
     held = np.logical_and.reduce([threat.robust for threat in report.threats.values()])
     assert report.worst_case[0] == held.mean()
     assert held.mean() < turned.robust.mean() < report.clean[0]
@@ -180,14 +235,35 @@ def test_corruptions_are_told_and_drawn_beside_the_attacks(found, tmp_path):
         ({"card_images": 0}, "card_images must be a whole number >= 1"),
         ({"curve_images": 0}, "curve_images must be a whole number >= 1"),
         ({"suite": "rand"}, "suite must be"),
-        ({"key": jnp.zeros(2, jnp.uint32)}, "key must be typed"),
+        ({"key": jnp.zeros(2, jnp.uint32)}, "key must be one typed key"),
+        ({"threats": {"linf": jr.spatial()}}, "attacks must be of norm 'linf', got Spatial"),
+        ({"threats": {"l2": jr.apgd_ce("linf", 0.1)}}, "attacks must be of norm 'l2'"),
+        ({"threats": 0.1}, r"threats must be radii by norm .* got 0.1"),
+        ({"indices": np.arange(3)}, "indices must have shape"),
+        ({"bounds": None}, r"bounds must be \(low, high\)"),
     ],
 )
 def test_bad_settings_are_named(change, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        jr.evaluate(
-            logits_fn, X, LABELS, **{"threats": THREATS, "key": jax.random.key(0), **change}
-        )
+        unchecked(logits_fn, X, LABELS, **{"threats": THREATS, "key": jax.random.key(0), **change})
+
+
+def test_radii_may_be_arrays_and_attacks_have_names_of_ones_own():
+    one = {"apgd-ce": small_suite()["apgd-ce"]}
+    settings = {
+        "suite": lambda norm, eps, bounds: one, "key": KEY, "batch_size": 32, "progress": False,
+        "curve_images": 2, "card_images": 2,
+    }  # fmt: skip
+    threats = {"linf": jnp.float32(0.03), "mine": one["apgd-ce"]}
+    report = jr.evaluate(logits_fn, X, LABELLED, threats=threats, **settings)
+    assert report.threats["linf"].eps == pytest.approx(0.03)
+    assert report.threats["mine"].accuracy[0] < report.clean[0]
+
+
+def test_a_data_set_in_place_of_images_is_named():
+    digits = jr.data.Dataset(np.asarray(X), np.asarray(LABELS), np.arange(BATCH), ("a",) * 5)
+    with pytest.raises(TypeError, match=r"images must be an array \[n, h, w, c\], got Dataset"):
+        jr.evaluate(logits_fn, digits, LABELS, threats=THREATS, key=KEY)
 
 
 def test_images_of_another_box_are_evaluated_to_the_end():

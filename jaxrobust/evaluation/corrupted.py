@@ -1,7 +1,6 @@
 """Accuracy under common corruptions: every corruption at every severity, one by one, resumable."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,8 @@ from tqdm import tqdm
 
 from jaxrobust.data import corruptions
 from jaxrobust.evaluation.accuracy import AsApply, correct
-from jaxrobust.evaluation.ledger import same_logits
-from jaxrobust.files import CheckpointError, atomic_write
-
-# Images whose logits tell models apart.
-_COMPARED = 8
+from jaxrobust.evaluation.findings import Findings
+from jaxrobust.evaluation.given import check_indices
 
 
 def check_corruptions(
@@ -46,6 +42,7 @@ def corruption_accuracy(
     *,
     names: Sequence[str] = corruptions.CORRUPTIONS,
     args: tuple = (),
+    indices: Any = None,
     batch_size: int = 256,
     seed: int = 0,
     state: str | Path | None = None,
@@ -59,6 +56,8 @@ def corruption_accuracy(
         labels: [n] whole numbers.
         names: which corruptions (`jr.data.CORRUPTIONS`).
         args: arrays that `logits_fn` takes besides x.
+        indices: [n] numbers of the images in their data set, from which their corruptions are
+            drawn; 0 .. n - 1 by default.
         batch_size: examples at a time; the last batch is filled up.
         seed: of the corruptions (`jr.data.corrupt`).
         state: a file of what is done, to go on from.
@@ -78,50 +77,19 @@ def corruption_accuracy(
     if not names:
         return {}
     images, labels = np.asarray(images), np.asarray(labels)
-    right = lambda x: correct(  # noqa: E731
-        AsApply(logits_fn), args, x, labels, batch_size=batch_size
-    )
-    first = np.asarray(jax.jit(logits_fn)(images[:_COMPARED].astype(np.float32), *args))
-    done = _State(state, (images, labels, np.int64(seed)), first)
+    numbers = check_indices(indices, len(images))
+    digest = hashlib.sha256()
+    for part in (images, labels, np.int64(seed), numbers):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    findings = Findings(state, digest.hexdigest(), logits_fn, images, args)
+
+    def accuracy(name, severity):
+        x = corruptions.corrupt(images, name, severity, indices=numbers.tolist(), seed=seed)
+        right = correct(AsApply(logits_fn), args, x, labels, batch_size=batch_size)
+        return float(right.mean())
+
     jobs = [(name, severity) for name in names for severity in corruptions.SEVERITIES]
     for name, severity in tqdm(jobs, desc="corruptions", unit="set", disable=not progress):
-        if f"{name} {severity}" not in done.found:
-            corrupted = corruptions.corrupt(images, name, severity, seed=seed)
-            done.add(f"{name} {severity}", float(right(corrupted).mean()))
-    return {name: [done.found[f"{name} {s}"] for s in corruptions.SEVERITIES] for name in names}
-
-
-class _State:
-    """Accuracies by corruption and severity, in memory or in a file."""
-
-    def __init__(self, path, belongs_to, logits):
-        self.path, self.found = None if path is None else Path(path), {}
-        digest = hashlib.sha256()
-        for part in belongs_to:
-            digest.update(np.ascontiguousarray(part).tobytes())
-        self.fingerprint, self.logits = digest.hexdigest(), logits
-        if self.path is not None and self.path.exists():
-            self._load()
-
-    def add(self, name, accuracy):
-        self.found[name] = accuracy
-        if self.path is not None:
-            words = {
-                "fingerprint": self.fingerprint,
-                "logits": self.logits.tolist(),
-                "accuracy": self.found,
-            }
-            atomic_write(self.path, json.dumps(words, indent=1) + "\n")
-
-    def _load(self):
-        try:
-            words = json.loads(self.path.read_text())
-            theirs, self.found = words["fingerprint"], dict(words["accuracy"])
-            logits = np.asarray(words["logits"], np.float32)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: no state of an evaluation ({error})") from error
-        if theirs != self.fingerprint or not same_logits(logits, self.logits):
-            raise CheckpointError(
-                f"{self.path}: the state of another evaluation (other images, labels, model or "
-                "seed): name another file or remove this one"
-            )
+        findings.once(f"{name} {severity}", lambda job=(name, severity): accuracy(*job))
+    found = findings.found
+    return {name: [found[f"{name} {s}"] for s in corruptions.SEVERITIES] for name in names}

@@ -18,6 +18,10 @@ from jaxrobust.evaluation import drawing
 from jaxrobust.evaluation.checks import Check
 from jaxrobust.files import atomic_write
 
+# Checks forgive a couple of images: of fewer than these that is over 2 % of them, ten times the
+# share that raises an alarm otherwise, and their silence means little.
+ENOUGH = 100
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThreatReport:
@@ -25,7 +29,8 @@ class ThreatReport:
 
     Attributes:
         norm: of the threat; of one that is an attack, its name.
-        eps: its radius; of one that is an attack, the attack's own eps.
+        eps: its radius; of one that is an attack, the attack's own eps, the largest of several.
+        attacks: what was run, by name, in order: each as it prints, with all its settings.
         accuracy: (estimate, low, high): robust accuracy with its 95 % Wilson interval.
         stages: accuracy after each attack, "clean" first.
         seconds: by attack, compilation included.
@@ -36,11 +41,13 @@ class ThreatReport:
         robust: [n] bool.
         broken_by: [n] names.
         checks: the gradient-masking report card; none for a threat that is an attack.
+        card_images: how many images the card's own attacks saw.
         notes: what a reader of the figure must know.
     """
 
     norm: str
     eps: float
+    attacks: dict[str, str]
     accuracy: tuple[float, float, float]
     stages: dict[str, float]
     seconds: dict[str, float]
@@ -50,7 +57,13 @@ class ThreatReport:
     robust: np.ndarray
     broken_by: np.ndarray
     checks: tuple[Check, ...]
+    card_images: int
     notes: tuple[str, ...]
+
+    @property
+    def applied(self) -> int:
+        """How many of the checks apply."""
+        return sum(check.figure is not None for check in self.checks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +78,10 @@ class Report:
         threats: by name.
         corruptions: accuracy at severities 1 to 5 by corruption, on clean images that nobody
             attacked.
+        key: {"impl": name, "data": numbers}, from which `jax.random.wrap_key_data` makes the key.
+        bounds: the box of the images.
+        versions: of jaxrobust, jax and numpy.
+        device: how many of which.
     """
 
     images: int
@@ -72,7 +89,11 @@ class Report:
     clean: tuple[float, float, float]
     worst_case: tuple[float, float, float]
     threats: dict[str, ThreatReport]
-    corruptions: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    corruptions: dict[str, list[float]]
+    key: dict[str, Any]
+    bounds: tuple[float, float]
+    versions: dict[str, str]
+    device: str
 
     @property
     def corruption_accuracy(self) -> float | None:
@@ -99,6 +120,10 @@ class Report:
             **self._robustbench(),
             "images": self.images,
             "suite": self.suite,
+            "key": self.key,
+            "bounds": self.bounds,
+            "versions": self.versions,
+            "device": self.device,
             "clean_accuracy": self.clean,
             "robust_accuracy": self.worst_case,
             "corruptions_acc": self.corruption_accuracy,
@@ -138,7 +163,9 @@ class Report:
             f"{'clean':24}{_interval(self.clean)}",
         ]
         for name, threat in self.threats.items():
-            lines.append(f"{name + f' {threat.eps:.4g}':24}{_interval(threat.accuracy)}")
+            # Of an attack, eps is in a unit of its own: a share of its grid, or a pixel's range.
+            shown = f"{name} {threat.eps:.4g}" if threat.curve else name
+            lines.append(f"{shown:24}{_interval(threat.accuracy)}")
             before = threat.stages["clean"]
             for attack, after in list(threat.stages.items())[1:]:
                 lines.append(
@@ -147,6 +174,11 @@ class Report:
                 )
                 before = after
             lines += [f"  note: {note}" for note in threat.notes]
+            if threat.checks:
+                lines.append(
+                    f"  {threat.applied} of {len(threat.checks)} checks of the gradients applied, "
+                    f"on {threat.card_images} images"
+                )
         lines.append(f"{'worst case':24}{_interval(self.worst_case)}")
         for name, accuracies in self.corruptions.items():
             shown = " ".join(f"{100 * accuracy:5.1f}" for accuracy in accuracies)
@@ -154,8 +186,17 @@ class Report:
         if self.corruptions:
             lines.append(f"{'corruptions, mean':24}{100 * self.corruption_accuracy:5.1f}")
         lines += [f"ALARM {alarm}" for alarm in self.alarms]
-        if not self.alarms and any(threat.checks for threat in self.threats.values()):
-            lines.append("no sign of masked gradients in any check that applies")
+        cards = [threat.card_images for threat in self.threats.values() if threat.checks]
+        if cards and not self.alarms:
+            lines.append(
+                "no sign of masked gradients in any check that applied"
+                if min(cards) >= ENOUGH
+                else f"too few images to tell whether gradients are masked: {ENOUGH} would do"
+            )
+        lines.append(
+            ", ".join(f"{name} {version}" for name, version in self.versions.items())
+            + f", on {self.device}, key {self.key['data']}"
+        )
         return "\n".join(lines)
 
 
