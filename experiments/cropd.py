@@ -27,7 +27,15 @@ import optax
 
 import jaxrobust as jr
 from experiments import common, cropd_evaluation, plots_cropd
-from experiments.cropd_settings import PRESETS, Built, Config, Method, Problem, World
+from experiments.cropd_settings import (
+    PRESETS,
+    Built,
+    Config,
+    Method,
+    Problem,
+    World,
+    applies,
+)
 from jaxrobust import cropd, models, training
 
 NAME = "cropd"
@@ -82,9 +90,10 @@ def preprocessor(key, config: Config, world: World, options) -> tuple[models.Mod
 
 def autoencoder_of(method: Method, problem: Problem, shape: tuple[int, ...]):
     """The auto-encoder that a method trains for images [h, w, c]."""
+    widths, channels = problem.wide if method.wide else (problem.widths, problem.latent_channels)
     return models.autoencoder(
-        shape, widths=problem.widths, patch=problem.patch, latent_norm=True,
-        latent_channels=method.latent_channels or problem.latent_channels,
+        shape, widths=widths, patch=problem.patch, latent_norm=True,
+        latent_channels=method.latent_channels or channels,
     )  # fmt: skip
 
 
@@ -94,7 +103,7 @@ def objective_of(
     """What a pre-processor of images [h, w, c] is trained for."""
     if method.kind == "denoiser":
         # Summed over an image as in the other rows: gradients are clipped, so the scale matters.
-        sigma = method.sigma or problem.noise * problem.eps
+        sigma = method.sigma or method.noise * problem.noise * problem.eps
         return training.denoising(sigma, mse=float(np.prod(shape)))
     weights = cropd.Weights(method.clean, method.contrast, method.denoising, method.displacement)
     radius = (problem.radius if method.radius is None else method.radius) * problem.eps
@@ -273,6 +282,7 @@ def keys(config: Config) -> list[dict]:
         for seed in config.seeds
         for dataset, problem in config.problems.items()
         for method in config.methods
+        if applies(problem, config.methods[method])
         if seed == config.seeds[0] or not {dataset, method} & set(config.single)
     ]
 

@@ -26,6 +26,8 @@ class Method:
     latent_channels: int | None = None  # None is the problem's own, as in the next one
     radius: float | None = None  # of the training's attack, in eps
     sigma: float | None = None  # a denoiser's noise, whose smoothing is certified then
+    noise: float = 1.0  # of another denoiser, in units of the problem's own
+    wide: bool = False  # the problem's larger auto-encoder; left out where it has none
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -44,6 +46,12 @@ METHODS = {
     "total_variation": Method(kind="total_variation", options={"weight": 0.1}),
     "alf": Method(kind="alf"),
     "aff": Method(kind="aff"),
+    # The two that matter with a larger auto-encoder, each for more FLOPs
+    "gaussian_dae_wide": Method(kind="denoiser", wide=True),
+    "recommended_wide": Method(clean=0.0, denoising=1.0, attack="n_fgsm", aim=None, wide=True),
+    # Whether the denoiser wants other noise
+    "gaussian_dae_less_noise": Method(kind="denoiser", noise=2 / 3),
+    "gaussian_dae_more_noise": Method(kind="denoiser", noise=3 / 2),
     # What training within eps itself and the aim of its step are worth, and sweeps of the published
     # form
     "reported_eps": Method(contrast=10.0, radius=1.0),
@@ -59,7 +67,7 @@ METHODS = {
 FINAL = (
     "none", "autoencoder", "gaussian_dae", "reported", "info_nce", "alignment",
     "adversarial_reconstruction", "adversarial_alignment", "recommended", "jpeg",
-    "total_variation", "alf", "aff",
+    "total_variation", "alf", "aff", "gaussian_dae_wide", "recommended_wide",
 )  # fmt: skip
 # What does not differ by seed, sweeps, and the set where nothing holds.
 SINGLE = ("jpeg", "total_variation", *(name for name in METHODS if name not in FINAL), "cutouts")
@@ -83,6 +91,7 @@ class Problem:
     train_split: str = "train"
     test_split: str = "test"
     patch: int = 1  # side of the patches that the auto-encoder works on
+    wide: tuple[tuple[int, ...], int] | None = None  # widths and code channels of a larger one
     classes: tuple[int, ...] | None = None  # some of the set's classes, renumbered
     shift: int = 2
     flip: bool = True
@@ -97,7 +106,7 @@ PROBLEMS = {
     "mnist5k": Problem(
         dataset="mnist5k", eps=0.1, widths=(16, 32), patch=2, latent_channels=8, radius=2.0,
         start="uniform", spread=2.0, aim="loss", noise=9.0, side=48, train_images=1000, shift=1,
-        flip=False,
+        flip=False, wide=((32, 64), 16),
     ),
     "cutouts": Problem(
         dataset="cutouts", eps=4 / 255, widths=(32, 64), patch=2, latent_channels=16, radius=6.0,
@@ -109,6 +118,12 @@ CIFAR = Problem(
     dataset="cifar10", eps=8 / 255, widths=(64, 128, 256), latent_channels=32, radius=4.0,
     spread=5.0, noise=32.0, side=224, train_images=50_000, shift=4,
 )  # fmt: skip
+
+
+def applies(problem: Any, method: Any) -> bool:
+    """Whether a method is run on a problem; both as here, or as a results file holds them."""
+    fields = [one if isinstance(one, Mapping) else vars(one) for one in (problem, method)]
+    return not fields[1]["wide"] or fields[0]["wide"] is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments import common
 from experiments.common import markdown
+from experiments.cropd_settings import applies
 from experiments.plots import read, rows_of, seeds_of, spread
 from experiments.plots_sipat import eps_text, panels, points
 from jaxrobust import metrics
@@ -29,7 +30,8 @@ def table(path: Path, *, every: bool = True) -> str:
     parts = []
     for dataset in config["problems"]:
         found = run_rows(record, dataset)
-        missing = [name for name in config["methods"] if name not in found]
+        names = methods_of(config, dataset)
+        missing = [name for name in names if name not in found]
         if not found and not every:
             parts.append(f"{dataset}: not run.")
             continue
@@ -37,10 +39,8 @@ def table(path: Path, *, every: bool = True) -> str:
         shown = {name: list(row.values()) for name, row in found.items()}
         if every:
             shown |= {name: ["not run"] * len(header) for name in missing}
-        names = [name for name in config["methods"] if name in shown]
-        parts.append(
-            markdown([title(config, dataset), *header], [[name, *shown[name]] for name in names])
-        )
+        lines = [[name, *shown[name]] for name in names if name in shown]
+        parts.append(markdown([title(config, dataset), *header], lines))
         if missing and not every:
             parts.append(f"Not run there: {', '.join(missing)}.")
     return "\n\n".join(parts)
@@ -71,6 +71,12 @@ def certificates(path: Path) -> str:
     radii = next(iter(found.values()))[0]["radii"]
     header = ["certified, l2", "", "sigma", *(f"radius {radius:g}, %" for radius in radii)]
     return markdown(header, lines)
+
+
+def methods_of(config: dict, dataset: str) -> list[str]:
+    """The methods that are run on a data set."""
+    problem = config["problems"][dataset]
+    return [name for name, method in config["methods"].items() if applies(problem, method)]
 
 
 def run_rows(record: dict, dataset: str) -> dict[str, dict[str, str]]:
@@ -136,9 +142,11 @@ def verdict(path: Path) -> str:
             found = cells.get(method, {})
             if config["methods"][method]["kind"] != "autoencoder" or not found:
                 continue
-            rivals = ((2, denoiser), (None, denoiser), (None, bare), (0, bare))
+            wide = config["methods"][method]["wide"]
+            equal = cells.get("gaussian_dae_wide", {}) if wide else denoiser
+            rivals = ((2, equal), (None, equal), (None, bare), (0, bare))
             gains = [gain(found, other, row) for row, other in rivals]
-            shared = (str(len(set(found) & set(other))) for other in (denoiser, bare))
+            shared = (str(len(set(found) & set(other))) for other in (equal, bare))
             costs = [share(found, cells.get("aff"), name) for name in COSTS]
             lines.append([method, *gains, *costs, " / ".join(shared)])
         header = [
