@@ -1,5 +1,6 @@
 """Tests of the training loop: resuming, kills, early stopping, validation, what it refuses."""
 
+import inspect
 import os
 import random
 import signal
@@ -59,13 +60,17 @@ def accuracy(variables):
     return {"score": right.mean(), "weight": jnp.abs(variables["params"]["w"]).sum()}
 
 
-def train(directory=None, dataset=None, *, devices=8, model=LINEAR, **options):
+def train(
+    directory=None, dataset=None, *, devices=8, model=LINEAR, attack=attacks.n_fgsm(0.05),  # noqa: B008
+    state_seed=0, **options,
+):  # fmt: skip
     """A small adversarial run with everything that a checkpoint has to hold."""
     mesh = parallel.data_mesh(devices)
     state = parallel.create(
-        lambda key: create_state(model, OPTIMIZER, key, SHAPE, ema=True), mesh, jax.random.key(0)
-    )
-    step = train_step(model, OPTIMIZER, adversarial(attacks.n_fgsm(0.05)), ema_decay=0.9)
+        lambda key: create_state(model, OPTIMIZER, key, SHAPE, ema=True), mesh,
+        jax.random.key(state_seed),
+    )  # fmt: skip
+    step = train_step(model, OPTIMIZER, adversarial(attack), ema_decay=0.9)
     defaults = {"batch_size": BATCH, "epochs": EPOCHS, "validate": accuracy, "log_every": 3}
     return fit(
         step,
@@ -343,9 +348,18 @@ def test_examples_that_are_none_are_refused_before_training(change, error, messa
         train(dataset=change(digits()))
 
 
-def test_settings_that_are_no_json_are_refused():
-    with pytest.raises(TypeError, match="settings must be JSON-able"):
-        train(settings={"eps": np.ones(2)})
+def test_what_is_no_data_set_and_a_state_that_was_used_up_are_refused():
+    with pytest.raises(TypeError, match=r"dataset must be a .* or data.Source, got tuple"):
+        inspect.unwrap(fit)(None, None, (digits().images,), batch_size=8, epochs=1)
+    step = train_step(LINEAR, OPTIMIZER, standard())
+    mesh = parallel.data_mesh(1)
+    state = parallel.create(
+        lambda key: create_state(LINEAR, OPTIMIZER, key, SHAPE), mesh, jax.random.key(0)
+    )
+    options = {"batch_size": BATCH, "epochs": 1, "mesh": mesh, "progress": False}
+    fit(step, state, digits(), **options)
+    with pytest.raises(ValueError, match="state must be fresh"):
+        fit(step, state, digits(), **options)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
@@ -367,11 +381,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"settings": {"eps": 0.1}}, "expected a run with .*'settings': {'eps': 0.1}"),
-        ({"dataset": with_one(digits(), "images", 0.5)}, "expected a run with .*'data': '84 "),
-        ({"seed": 1}, "expected a run with .*'seed': 1"),
-        ({"batch_size": 8}, "expected a run with .*'batch_size': 8"),
-        ({"dataset": digits().take(slice(None, None, -1))}, "expected a run with .*'data': '84 "),
+        ({"settings": {"rate": 0.1}}, r"expected a run with settings\.rate 0\.1, found None"),
+        ({"dataset": with_one(digits(), "images", 0.5)}, "expected a run with data 84 "),
+        ({"seed": 1}, "expected a run with seed 1, found 0"),
+        ({"batch_size": 8}, "expected a run with batch_size 8, found 16"),
+        ({"dataset": digits().take(slice(None, None, -1))}, "expected a run with data 84 "),
+        (
+            {"attack": attacks.n_fgsm(0.06)},
+            r"run with step\.objective\.attack\.eps 0\.06, found 0\.05",
+        ),
+        ({"state_seed": 1}, "expected a run with key "),
+        ({"epochs": 1}, "expected a run of 5 steps, epochs=1, found one of 30"),
         ({"validate": None}, r"unexpected \(1\): 1/params/w"),
     ],
 )

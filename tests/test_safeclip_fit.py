@@ -178,7 +178,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"with splitter by_rank, found .*mixture"):
         fit(recipe(epochs=3, splitter=safeclip.by_rank), directory=tmp_path)
     tied = safeclip.gaussian_mixture(covariance="tied")
-    with pytest.raises(checkpoint.CheckpointError, match=r"splitter .*tied.*, found .*full"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"splitter.*tied, found full"):
         fit(recipe(epochs=3, splitter=tied), directory=tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=r"with views noisy, found None"):
         fit(recipe(epochs=3), directory=tmp_path, views=noisy)

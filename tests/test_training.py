@@ -1,6 +1,8 @@
 """Tests of the training step: one result on any devices, accumulation, EMA, bfloat16, one trace."""
 
 import functools
+import inspect
+import json
 
 import jax
 import jax.numpy as jnp
@@ -326,6 +328,23 @@ def test_accumulation_holds_one_gradient_and_averages_once():
     assert temporary[1] < temporary[0] + weights
     reductions = [one.as_text().count(" all-reduce(") for one in (compiled(1), few, many)]
     assert 0 < reductions[0] == reductions[1] == reductions[2]
+
+
+def test_an_attack_is_no_objective():
+    with pytest.raises(TypeError, match=r"such as training.adversarial\(attack\), got PGD"):
+        inspect.unwrap(train_step)(PLAIN, sgd(0.1), ATTACK)
+
+
+def test_a_step_says_what_it_was_made_of():
+    objective = with_awp(trades(ATTACK, 5.0), 0.01)
+    config = train_step(PLAIN, sgd(0.1), objective, augment=CROP, dtype=jnp.bfloat16).config
+    assert config == json.loads(json.dumps(config))
+    assert config["model"]["name"] == "small_cnn"
+    assert config["objective"]["gamma"] == 0.01
+    inner = config["objective"]["objective"]
+    assert (inner["name"], inner["beta"], inner["attack"]["eps"]) == ("trades", 5.0, ATTACK.eps)
+    assert config["augment"] == {"function": "pad_crop", "arguments": [], "pad": 1}
+    assert config["dtype"] == "bfloat16"
 
 
 def test_what_the_state_lacks_is_refused_when_traced():

@@ -16,6 +16,7 @@ from jaxrobust.training.objectives import (
     Schedule,
     check_scalable,
     check_starts_off,
+    described,
     scaled_attack,
 )
 
@@ -41,6 +42,7 @@ class Weights(NamedTuple):
     displacement: float = 0.0
 
 
+@described
 def robust_autoencoder(
     attack: Any,
     *,

@@ -144,9 +144,9 @@ def fit(
             "pairs": len(images),
             "data": _identity(images, tokens),
             "network": clip.config,
-            "views": _name(views),
-            "splitter": _name(recipe.splitter),
-            "dtype": _name(dtype),
+            "views": checkpoint.describe(views),
+            "splitter": checkpoint.describe(recipe.splitter),
+            "dtype": checkpoint.describe(dtype),
             "start": None if start is None else checkpoint.digest(start),
             **recipe.numbers,
         },
@@ -303,16 +303,7 @@ class _Saver:
         if not found:
             return state, trust, loop
         _, (state, trust), loop = found
-        other = {
-            name: (value, loop["settings"].get(name))
-            for name, value in self.settings.items()
-            if loop["settings"].get(name) != value
-        }
-        if other:
-            name, (ours, theirs) = next(iter(other.items()))
-            raise checkpoint.CheckpointError(
-                f"{self.folder}: expected a run with {name} {ours}, found {theirs}"
-            )
+        checkpoint.check_same_run(self.folder, loop["settings"], self.settings)
         self.earlier = loop["seconds"]
         return state, Trust(**{name: np.asarray(value) for name, value in trust.items()}), loop
 
@@ -338,16 +329,6 @@ def _identity(images: Images, tokens: np.ndarray) -> str:
     digest = hashlib.sha256(stored_images.identity(images))
     digest.update(np.ascontiguousarray(tokens))
     return digest.hexdigest()
-
-
-def _name(thing: Any) -> str:
-    """What a function or type is called, with the arguments that a partial one holds."""
-    if isinstance(thing, functools.partial):
-        named = [f"{name}={_name(value)}" for name, value in thing.keywords.items()]
-        return f"{_name(thing.func)}({', '.join([*map(_name, thing.args), *named])})"
-    if isinstance(thing, np.ndarray | jax.Array):
-        return checkpoint.digest(thing)
-    return str(getattr(thing, "__qualname__", thing))
 
 
 def _check(

@@ -13,12 +13,14 @@ from jaxrobust.salience import rank_map, top_fraction
 from jaxrobust.salience.maps import check_area
 from jaxrobust.sipat.masking import Masking
 from jaxrobust.training import Context, Objective
+from jaxrobust.training.objectives import described
 
 # Folded into an example's key for salience methods that draw; the attack keeps the key itself, so
 # that a map of 0 gives the run without salience bit for bit.
 _SALIENCE = 0x5A11
 
 
+@described
 def salience_preserving(
     objective: Objective,
     masking: Masking | None = None,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrobust import salience
+from jaxrobust import checkpoint, data, salience
 from jaxrobust.data import Dataset
 from jaxrobust.training import Fitted, TrainState, fit
 from jaxrobust.training.step import Step
@@ -53,7 +53,11 @@ def fit_refreshed(
         )
     none = np.zeros((*dataset.images.shape[:3], 1), np.float32)
     starts = ([0] if warmup else []) + list(range(warmup, epochs, every))
+    per_epoch = data.steps_per_epoch(dataset, options["batch_size"])
+    reached = checkpoint.latest_step(Path(directory) / "checkpoint") or 0
     for start, end in zip(starts, [*starts[1:], epochs], strict=True):
+        if end < epochs and reached > end * per_epoch:
+            continue
         maps = none
         if start >= warmup:
             make = lambda rows: np.asarray(refresh(state.variables(), dataset))[rows]  # noqa: B023, E731

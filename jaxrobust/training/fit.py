@@ -1,7 +1,6 @@
 """The training loop: batches in, state out; resumable at any step, stoppable at any moment."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -87,8 +86,8 @@ def fit(
         averaged: validate and return the moving average of the weights.
         directory: for checkpoints and metrics.csv; None writes nothing. If it holds a checkpoint
             of this run, the run goes on from there.
-        settings: what else makes this run what it is, as JSON has it, such as eps and the learning
-            rate: the step does not tell. A checkpoint with others is refused.
+        settings: what else makes this run what it is, such as the learning rate, which no step
+            tells. A checkpoint with others is refused.
         save_every: seconds between checkpoints.
         save_steps: save every so many steps instead.
         log_every: steps between rows of metrics.csv.
@@ -99,9 +98,10 @@ def fit(
     Raises:
         ValueError: a number out of its range, or examples that are none, before anything is
             compiled.
-        TypeError: `settings` are no JSON, images no floats, or labels no whole numbers.
-        CheckpointError: `directory` holds a damaged checkpoint, or that of another model, seed,
-            batch size, data set (of one on disk its size alone is compared) or other settings.
+        TypeError: no data set, images that are no floats, or labels that are no whole numbers.
+        CheckpointError: `directory` holds a damaged checkpoint, one of more epochs, or that of
+            another model, objective, seed, batch size, data set (of one on disk its size alone is
+            compared) or other settings.
         FloatingPointError: the loss is no finite number any more; looked at where it is logged,
             and before anything is saved.
     """
@@ -116,6 +116,12 @@ def fit(
         )
     if isinstance(dataset, data.Dataset):
         data.check_dataset(dataset)
+    elif not isinstance(dataset, data.Source):
+        raise TypeError(
+            f"dataset must be a data.Dataset or data.Source, got {type(dataset).__name__}"
+        )
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)):
+        raise ValueError("state must be fresh: an earlier call took its memory; create another")
     per_epoch = data.steps_per_epoch(dataset, batch_size)
     total = epochs * per_epoch
     run = parallel.data_parallel(step, mesh, mapping=mapping)
@@ -125,7 +131,9 @@ def fit(
     best = jax.tree.map(np.asarray, variables) if validate else {}
     order = {
         "seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch,
-        "data": _identity(dataset), "settings": _json(settings),
+        "data": _identity(dataset), "settings": checkpoint.describe(dict(settings or {})),
+        "key": checkpoint.digest(jax.random.key_data(state.key.addressable_data(0))),
+        "step": getattr(step, "config", None),
     }  # fmt: skip
     loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
     loop |= {"order": order, "validation_seconds": 0.0}
@@ -134,11 +142,13 @@ def fit(
         _, (state, best), loop = found
         # On the host, as it was: several processes can save no array that lies on one device.
         best = jax.tree.map(np.asarray, best)
-        if loop.get("order") != order:
-            raise checkpoint.CheckpointError(
-                f"{folder / 'checkpoint'}: expected a run with {order}, found {loop.get('order')}"
-            )
+        checkpoint.check_same_run(folder / "checkpoint", loop.get("order", {}), order)
     position = int(state.step)
+    if position > total:
+        raise checkpoint.CheckpointError(
+            f"{folder / 'checkpoint'}: expected a run of {total} steps, epochs={epochs}, found one "
+            f"of {position}"
+        )
     begun = saved = time.monotonic()
     earlier = loop["seconds"]
 
@@ -218,16 +228,9 @@ def _identity(dataset: data.Dataset | data.Source) -> str:
     """Which examples are trained on, in which order; of those on disk only how many."""
     if isinstance(dataset, data.Source):
         return f"{len(dataset)} on disk"
-    columns = dataset._asdict() | {"class_names": None}
+    # Not the salience: maps may be made anew while a run goes on.
+    columns = {name: getattr(dataset, name) for name in ("images", "labels", "indices")}
     return f"{len(dataset.labels)} {checkpoint.digest(columns)[:16]}"
-
-
-def _json(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """As a checkpoint gives them back."""
-    try:
-        return json.loads(json.dumps(dict(settings or {})))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"settings must be JSON-able, got {settings!r}: {error}") from error
 
 
 def _check_finite(metrics: Mapping[str, Any], position: int) -> None:

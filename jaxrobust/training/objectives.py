@@ -6,19 +6,22 @@ the weights before the gradient is taken. A method of one's own is the same thre
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxrobust import losses, parallel
+from jaxrobust import checkpoint, losses, parallel
 from jaxrobust.attacks.inputs import check_number
 
 PyTree = Any
 Schedule = Callable[[Array], Array]
+_P = ParamSpec("_P")
 
 
 class Context(NamedTuple):
@@ -55,14 +58,31 @@ class Objective(NamedTuple):
         extra: what the method keeps in `TrainState.extra`.
         move_weights: None, or (gradient_fn, params, step) -> the weights at which the gradient is
             taken.
+        config: what it was made of (`described`), by which runs are told apart; None if unknown.
     """
 
     perturb: Callable[..., tuple[Array, PyTree, dict]]
     loss: Callable[..., tuple[Array, dict, PyTree]]
     extra: PyTree = None
     move_weights: Callable[..., PyTree] | None = None
+    config: dict[str, Any] | None = None
 
 
+def described(factory: Callable[_P, Objective]) -> Callable[_P, Objective]:
+    """A factory whose objectives have its name and arguments as their `config`."""
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def made(*args: _P.args, **options: _P.kwargs) -> Objective:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        config = {"name": factory.__name__, **checkpoint.describe(dict(bound.arguments))}
+        return factory(*args, **options)._replace(config=config)
+
+    return made
+
+
+@described
 def standard(label_smoothing: float = 0.0) -> Objective:
     """Ordinary training on clean images."""
 
@@ -72,6 +92,7 @@ def standard(label_smoothing: float = 0.0) -> Objective:
     return Objective(perturb, _cross_entropy_at_x_adv(label_smoothing))
 
 
+@described
 def adversarial(
     attack: Any, *, eps_schedule: Schedule | None = None, label_smoothing: float = 0.0
 ) -> Objective:
@@ -97,6 +118,7 @@ def adversarial(
     return Objective(perturb, _cross_entropy_at_x_adv(label_smoothing))
 
 
+@described
 def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = None) -> Objective:
     """TRADES: cross entropy on x plus beta KL(p(x) || p(x_adv)), x_adv the ascent of that KL.
 
@@ -134,6 +156,7 @@ def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = No
     return Objective(perturb, loss)
 
 
+@described
 def mart(attack: Any, beta: float = 5.0, *, eps_schedule: Schedule | None = None) -> Objective:
     """MART: boosted cross entropy on x_adv plus a KL weighted by how unsure the network is of x.
 
@@ -160,6 +183,7 @@ def mart(attack: Any, beta: float = 5.0, *, eps_schedule: Schedule | None = None
     return Objective(perturb, loss)
 
 
+@described
 def guarded_n_fgsm(
     attack: Any,
     guard: Any,
@@ -223,6 +247,7 @@ def guarded_n_fgsm(
     return Objective(perturb, _cross_entropy_at_x_adv(0.0), extra)
 
 
+@described
 def with_awp(objective: Objective, gamma: float = 0.005, *, warmup_steps: int = 0) -> Objective:
     """Adversarial weight perturbation: takes the gradient at weights moved to raise the loss.
 

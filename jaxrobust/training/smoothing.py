@@ -20,6 +20,7 @@ from jaxrobust.training.objectives import (
     Schedule,
     accuracy_of,
     check_scalable,
+    described,
     scaled_attack,
 )
 
@@ -27,6 +28,7 @@ from jaxrobust.training.objectives import (
 _NOISE, _ATTACK = 0, 1
 
 
+@described
 def gaussian(sigma: float, *, samples: int = 1, label_smoothing: float = 0.0) -> Objective:
     """Ordinary training on images with Gaussian noise.
 
@@ -50,6 +52,7 @@ def gaussian(sigma: float, *, samples: int = 1, label_smoothing: float = 0.0) ->
     return Objective(perturb, loss)
 
 
+@described
 def consistency(
     sigma: float, *, samples: int = 2, weight: float = 10.0, entropy: float = 0.5
 ) -> Objective:
@@ -89,6 +92,7 @@ def consistency(
     return Objective(perturb, loss)
 
 
+@described
 def smooth_adv(
     attack: Any, sigma: float, *, samples: int = 2, eps_schedule: Schedule | None = None
 ) -> Objective:
@@ -129,6 +133,7 @@ def smooth_adv(
     return Objective(perturb, loss)
 
 
+@described
 def denoising(
     sigma: float,
     classify: Callable[[Array], Array] | None = None,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrobust import parallel
+from jaxrobust import checkpoint, parallel
 from jaxrobust.attacks.inputs import fold
 from jaxrobust.models import AutoEncoder, Model
 from jaxrobust.training.objectives import Context, Objective
@@ -54,12 +54,18 @@ def train_step(
         step(state, batch, axis_name=None) -> (state, metrics). batch is a dict of image
         [b, h, w, c], label [b], index [b] and, for methods that look at it, salience
         [b, h, w, 1]; metrics are scalars averaged over the global batch: loss, gradient_norm, and
-        the objective's own, such as accuracy on the adversarial batch.
+        the objective's own, such as accuracy on the adversarial batch. Its attribute `config` says
+        what it was made of, but for the optimizer.
 
     Raises:
+        TypeError: the objective is none, an attack for instance.
         ValueError: an option out of its range; when traced, b not divisible by `accumulate`, or a
             state that was made for another step, with or without an EMA or the objective's `extra`.
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be one, such as training.adversarial(attack), got {objective}"
+        )
     if accumulate < 1:
         raise ValueError(f"accumulate must be >= 1, got {accumulate}")
     if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -82,6 +88,13 @@ def train_step(
         metrics = {**measured, **found.reported, "gradient_norm": optax.tree.norm(gradients)}
         return _update(optimizer, ema_decay, frozen, state, carry, gradients), metrics
 
+    step.config = checkpoint.describe(
+        {
+            "model": model, "objective": objective.config, "augment": augment,
+            "accumulate": accumulate, "dtype": dtype and jnp.dtype(dtype).name,
+            "ema_decay": ema_decay,
+        }
+    )  # fmt: skip
     return step
 
 
