@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrobust import losses, smoothing
-from jaxrobust.attacks.inputs import check_number, fold
-from jaxrobust.smoothing.sampling import check_count
+from jaxrobust.attacks.inputs import check_number, check_steps, fold
 from jaxrobust.training.objectives import (
     Objective,
     Schedule,
@@ -185,7 +184,7 @@ def denoising(
 
 def _check(sigma, samples, low=1):
     check_number("sigma", sigma, low=0, strict=True)
-    check_count("samples", samples, low)
+    check_steps(samples, "samples", low=low)
 
 
 def _noise(context, images, sigma, samples):
