@@ -1,7 +1,6 @@
 """Every attack stays inside ball and box: 1,000 drawn cases for each kind of eps and precision."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,19 @@ def pgd(norm, **options):
     return lambda eps: attacks.pgd(norm, eps, steps=3, loop="fused", **options)
 
 
+def breaking(make):
+    """An attack on a classifier that returns what it has broken, called on what is right."""
+
+    def attack(eps, x, labels, keys):
+        labels = logits_fn(x).argmax(1)
+        x_adv = make(eps)(logits_fn, x, labels, keys)
+        # Asked of what comes back, in its own precision; an untouched row is no failure.
+        holds = (logits_fn(x_adv).argmax(1) == labels) & (x_adv != x).any((1, 2, 3))
+        return jnp.where(holds[:, None, None, None], jnp.nan, x_adv)
+
+    return attack
+
+
 def both_linf(eps):
     return attacks.worst_of(attacks.linf_pgd(eps, 2), attacks.fgsm(eps))
 
@@ -56,7 +68,14 @@ ATTACKS = {
         "l1",
         class_attack(lambda eps: attacks.multi_targeted(attacks.l1_pgd(eps, 1), 2)),
     ),
+    "apgd_ce": ("linf", breaking(lambda eps: attacks.apgd_ce("linf", eps, steps=4))),
+    "apgd_dlr": ("l2", breaking(lambda eps: attacks.apgd_dlr("l2", eps, steps=4))),
+    "apgd_t": ("l1", breaking(lambda eps: attacks.apgd_t("l1", eps, steps=4, targets=1))),
+    "fab": ("linf", breaking(lambda eps: attacks.fab("linf", eps, steps=4))),
+    "square": ("linf", breaking(lambda eps: attacks.square("linf", eps, queries=8))),
+    "patch": ("linf", breaking(lambda eps: attacks.patch(2, eps=eps, steps=4, places=1))),
 }
+BREAKING = ("apgd_ce", "apgd_dlr", "apgd_t", "fab", "square", "patch")
 
 
 def draw(seed, dtype):
@@ -96,34 +115,45 @@ SPARSE = {"float32": ("number", "vector"), "bfloat16": ("map",)}  # each compile
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_stay_inside_ball_and_box(name, dtype):
     kinds = KINDS if name in ("linf_pgd", "l2_pgd", "l1_pgd") else SPARSE[dtype]
+    if name in BREAKING:
+        kinds = ("vector",) if name == "fab" else kinds[-1:]  # FAB has no maps
     norm, attack = ATTACKS[name]
     x, labels, numbers, vector, maps = draw(sorted(ATTACKS).index(name), dtype)
     keys = jax.random.split(jax.random.key(0), CASES)
     split = lambda v: v.reshape(50, 20, *v.shape[1:])  # noqa: E731
 
-    def number(x, labels, keys):
+    def number(numbers, x, labels, keys):
         x_adv = jax.vmap(attack)(numbers, split(x), split(labels), split(keys))
         return x_adv.reshape(x.shape)
 
-    calls = {
-        "number": number,
-        "vector": functools.partial(attack, vector),
-        "map": functools.partial(attack, maps),
-    }
     # Compiled without optimisation: each program runs once.
     run = jax.jit(
-        lambda *batch: [calls[kind](*batch) for kind in kinds],
+        lambda radii, *batch: [
+            (number if kind == "number" else attack)(radii[kind], *batch) for kind in kinds
+        ],
         compiler_options={"xla_backend_optimization_level": 0},
     )
+    radii = {"number": numbers, "vector": vector, "map": maps}
     # x + delta is rounded to half an ulp of 1 in float32, to the inside in fewer bits.
     tolerance = 1e-5 + 6e-8 * np.prod(IMAGE) / RADII[1] * (dtype == "float32")
-    radii = {"number": np.repeat(numbers, 20), "vector": vector, "map": maps}
-    for kind, x_adv in zip(kinds, run(x, labels, keys), strict=True):
-        eps = np.float64(radii[kind])
+    for kind, x_adv in zip(kinds, run(radii, x, labels, keys), strict=True):
+        eps = np.float64(np.repeat(numbers, 20) if kind == "number" else radii[kind])
         eps = eps.reshape(-1, 1, 1, 1) if eps.ndim == 1 else eps
         eps = 3 * eps if name == "n_fgsm" else eps  # 2 eps of noise and a step of eps
         size = assert_inside(x, x_adv, eps, norm, tolerance)
-        assert np.mean(size > 0.3) > 0.3  # the attacks do move
+        # The attacks do move, and some of them no further than they must.
+        assert np.mean(size > (0 if name in BREAKING else 0.3)) > 0.3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", BREAKING)
+def test_what_is_broken_in_half_precision_is_inside_and_broken_in_half_precision(name, dtype):
+    norm, attack = ATTACKS[name]
+    x, _, _, vector, _ = draw(sorted(ATTACKS).index(name), dtype)
+    x, vector = x[:64], np.minimum(vector[:64], 1)
+    x_adv = attack(vector, x, None, attacks.example_keys(jax.random.key(1), 64))
+    size = assert_inside(x, x_adv, np.float64(vector).reshape(-1, 1, 1, 1), norm, 1e-5)
+    assert np.mean(size > 0) > 0.1
 
 
 def test_the_check_notices_what_leaves_ball_or_box():

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxrobust import balls, losses, metrics
-from jaxrobust.attacks import classifier, inputs, scheduler
+from jaxrobust.attacks import box, classifier, inputs, scheduler
 from jaxrobust.attacks.value import Number, attack_value
 
 # After each of these queries, of 10,000, the windows' share of the image is halved.
@@ -166,8 +166,7 @@ class Search:
 
     def _inside(self, delta, rows):
         """Scaled (l2), projected (l1) or cut (linf) to the ball, then cut to the box."""
-        low = jnp.minimum(self.bounds[0] - rows.x, 0)
-        high = jnp.maximum(self.bounds[1] - rows.x, 0)
+        low, high = box.room(rows.x, self.bounds)
         if self.norm == "l2":
             length = inputs.wide(balls.norms(delta, "l2"), delta)
             return jnp.clip(delta * rows.eps / (length + 1e-12), low, high)
@@ -175,7 +174,7 @@ class Search:
 
     def outcome(self, state, rows):
         """The best point, if it is misclassified."""
-        return state.margin <= 0, jnp.clip(rows.x + state.delta, *self.bounds)
+        return state.margin <= 0, box.finish(rows.x, state.delta, rows.eps, self.bounds)
 
 
 @functools.lru_cache(maxsize=64)
