@@ -141,8 +141,9 @@ def test_attacks_stay_inside_ball_and_box(name, dtype):
         eps = eps.reshape(-1, 1, 1, 1) if eps.ndim == 1 else eps
         eps = 3 * eps if name == "n_fgsm" else eps  # 2 eps of noise and a step of eps
         size = assert_inside(x, x_adv, eps, norm, tolerance)
-        # The attacks do move, and some of them no further than they must.
-        assert np.mean(size > (0 if name in BREAKING else 0.3)) > 0.3
+        # The attacks do move; what only breaks, no further than it must, and in l1 seldom.
+        least, share = (0, 0.15) if name in BREAKING else (0.3, 0.3)
+        assert np.mean(size > least) > share
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
