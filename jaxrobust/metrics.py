@@ -3,14 +3,18 @@
 The accuracies are JAX and jit; the statistics are numpy, on results that are already on the host.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Real, Shaped
 from jaxtyping import ArrayLike as Values
+
+from jaxrobust import balls
 
 # Resamples are drawn in blocks of about this many indices, to bound the memory (64 MB).
 BLOCK = 8_000_000
@@ -53,6 +57,51 @@ def accuracy(logits: Float[Array, "b k"], labels: Integer[Array, "b"]) -> Float[
 def misclassified(logits: Float[Array, "b k"], labels: Integer[Array, "b"]) -> Bool[Array, "b"]:
     """Where `accuracy` is 0, as attacks ask for it in every iteration: [b]."""
     return (logits.argmax(1) != labels) | jnp.isnan(logits).any(1)
+
+
+def perturbation_norms(
+    logits_fn: Callable[..., Array],
+    x: Shaped[Values, "b ..."],
+    x_adv: Shaped[Values, "b ..."],
+    labels: Shaped[Values, "b"],
+    norm: str,
+    *,
+    args: tuple = (),
+) -> Float[Array, "b"]:
+    """What it took to have each example misclassified: the summary of a minimum-norm attack.
+
+    The median is the usual figure, and the share above eps the accuracy at that radius.
+
+    Args:
+        logits_fn: (x, *args) -> [b, classes]. Pass the same function object every time, and what
+            changes through `args`: then it compiles once.
+        x: [b, ...] float images.
+        x_adv: [b, ...] what the attack made of them.
+        labels: [b] true classes.
+        norm: "linf", "l2" or "l1".
+        args: arrays that `logits_fn` takes besides x.
+
+    Returns:
+        [b] norms of x_adv - x, in the unit of the images; inf where x_adv is classified rightly,
+        and 0 where x is not.
+
+    Raises:
+        ValueError: the shapes do not match, or an unknown norm.
+    """
+    balls.ball(norm)
+    x, x_adv, labels = (jnp.asarray(values) for values in (x, x_adv, labels))
+    if x_adv.shape != x.shape or labels.shape != x.shape[:1]:
+        raise ValueError(
+            "x and x_adv must be [b, ...] of one shape and labels [b], "
+            f"got {x.shape}, {x_adv.shape} and {labels.shape}"
+        )
+    return _perturbation_norms(logits_fn, norm, x, x_adv, labels, args)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _perturbation_norms(logits_fn, norm, x, x_adv, labels, args):
+    wrong, fooled = (misclassified(logits_fn(images, *args), labels) for images in (x, x_adv))
+    return jnp.where(wrong, 0, jnp.where(fooled, balls.norms(x_adv - x, norm), jnp.inf))
 
 
 def topk_accuracy(

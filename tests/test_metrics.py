@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import jaxrobust as jr
 from jaxrobust import metrics
 
 
@@ -38,6 +39,32 @@ def test_rows_with_nan_and_labels_out_of_range_are_wrong():
     logits = jnp.array([[jnp.nan, 0.0], [1.0, jnp.nan], [1.0, 0.0], [1.0, 0.0], [jnp.inf, 0.0]])
     labels = jnp.array([0, 0, 0, 7, 0])
     np.testing.assert_array_equal(metrics.accuracy(logits, labels), [0, 0, 1, 0, 1])
+
+
+def first_pixel(x, threshold):
+    """Class 1 where the first pixel is above the threshold."""
+    z = x.reshape(len(x), -1)[:, 0] - threshold
+    return jnp.stack([-z, z], 1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_perturbation_norms_tell_fooled_held_and_misclassified_apart(norm):
+    x = np.array([0.2, 0.2, 0.9], np.float32)[:, None, None, None] * np.ones((1, 2, 2, 1))
+    x = x.astype(np.float32)
+    x_adv = x + np.array([0.5, 0.1, 0.5], np.float32)[:, None, None, None]
+    got = metrics.perturbation_norms(
+        first_pixel, x, x_adv, np.zeros(3, int), norm, args=(np.float32(0.5),)
+    )
+    size = {"linf": 0.5, "l2": 1.0, "l1": 2.0}[norm]
+    np.testing.assert_allclose(got, [size, np.inf, 0], rtol=1e-6)
+
+
+def test_the_radii_of_a_minimum_norm_attack_are_summed_up():
+    x, labels = np.full((4, 2, 2, 1), 0.3, np.float32), np.zeros(4, int)
+    args = (np.float32(0.5),)
+    x_adv = jr.ddn(steps=40)(first_pixel, x, labels, jax.random.key(0), args=args)
+    got = metrics.perturbation_norms(first_pixel, x, x_adv, labels, "l2", args=args)
+    np.testing.assert_allclose(got, 0.2, atol=0.01)
 
 
 def test_per_class_accuracy_is_nan_for_an_empty_class():
@@ -140,6 +167,10 @@ BAD_CALLS = {
         metrics.per_class_accuracy, (TWO[0], np.arange(2)), {"classes": 2}),
     "classes must be >= 1, got 0": (
         metrics.per_class_accuracy, (TWO[0], np.arange(3)), {"classes": 0}),
+    "of one shape and labels \\[b\\], got \\(2, 3\\), \\(1, 3\\) and \\(2,\\)": (
+        metrics.perturbation_norms, (first_pixel, TWO, TWO[:1], np.arange(2), "l2"), {}),
+    "norm must be one of .* got 'l3'": (
+        metrics.perturbation_norms, (first_pixel, TWO, TWO, np.arange(2), "l3"), {}),
     "n must be >= 1, got 0": (metrics.wilson_interval, (0, 0), {}),
     "successes must lie in \\[0, 5\\], got 6": (metrics.wilson_interval, (6, 5), {}),
     "confidence must lie in \\(0, 1\\), got 95": (
