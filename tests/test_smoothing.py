@@ -1,6 +1,7 @@
 """Tests of randomized smoothing: closed forms, coverage, equal counts on any devices, bad input."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +280,10 @@ def test_certified_accuracy_counts_what_is_right_and_wide_enough():
     got = smoothing.certified_accuracy(certificate, labels, (0.0, 0.1, 0.3, 0.6))
     assert got.tolist() == [0.5, 0.5, 0.25, 0.0]
     assert smoothing.average_radius(certificate, labels) == pytest.approx((0.5 + 0.1) / 4)
+    assert smoothing.certified_accuracy(certificate, labels, 0.3) == 0.25
+    assert smoothing.certified(certificate, labels, 0.3).tolist() == [True, False, False, False]
+    # An abstention is wrong also where there is no label.
+    assert not smoothing.certified(certificate, -labels, 0.0).any()
 
 
 def test_smoothed_logits_are_the_log_of_the_mean_softmax():
@@ -356,6 +361,18 @@ def test_too_few_selection_samples_are_refused():
         smoothing.counts(linear, X, KEY, sigma=SIGMA, samples=3, start=-1, args=LINEAR)
 
 
+def test_counts_may_be_numpys():
+    five, drawn = np.int64(5), inspect.unwrap(smoothing.counts)
+    got = drawn(linear, X, KEY, sigma=SIGMA, samples=five, args=LINEAR, chunk=np.int64(7))
+    np.testing.assert_array_equal(
+        got, smoothing.counts(linear, X, KEY, sigma=SIGMA, samples=5, args=LINEAR)
+    )
+    assert inspect.unwrap(smoothing.noise)(KEY, X.shape, sigma=SIGMA, samples=five).shape[1] == 5
+    for samples in (True, 0, 2.0):
+        with pytest.raises(ValueError, match="samples must be a whole number >= 1"):
+            inspect.unwrap(smoothing.noise)(KEY, X.shape, sigma=SIGMA, samples=samples)
+
+
 def test_a_model_that_returns_nan_is_refused_and_a_traced_one_counts_it_for_no_class():
     def broken(x):
         return jnp.where(x[:, :1] > 0, jnp.nan, jnp.array([0.0, 1.0]))
@@ -382,7 +399,7 @@ def test_bad_labels_hits_and_radii_are_refused():
     got = certify(samples=10)
     with pytest.raises(ValueError, match=r"labels must have shape \(13,\), got \(2,\)"):
         smoothing.certified_accuracy(got, np.zeros(2, int), (0.0,))
-    with pytest.raises(ValueError, match=r"radii must be >= 0, got \[-0.1\]"):
+    with pytest.raises(ValueError, match=r"radii must be one or a list, all >= 0, got \[-0.1\]"):
         smoothing.certified_accuracy(got, np.zeros(COUNT, int), (-0.1,))
     with pytest.raises(ValueError, match=r"hits must lie in \[0, 5\], got values in \[6, 6\]"):
         smoothing.lower_bound(6, 5, 0.1)

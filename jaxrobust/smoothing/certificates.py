@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrobust.attacks.inputs import check_steps
 from jaxrobust.smoothing import sampling
-from jaxrobust.smoothing.sampling import LogitsFn, check_count
+from jaxrobust.smoothing.sampling import LogitsFn
 
 ABSTAIN = -1
 
@@ -103,8 +104,8 @@ def certify(
 
     Source: Cohen et al. 2019, theorem 1 and algorithm CERTIFY.
     """
-    check_count("samples0", samples0)
-    check_count("samples", samples)
+    check_steps(samples0, "samples0")
+    check_steps(samples, "samples")
     _check_alpha(alpha)
     first, rest = sampling.count_in_batches(
         logits_fn, x, key, sigma, samples0, samples, chunk, args, mesh, batch_size, bounds, progress
@@ -164,7 +165,7 @@ def predict(
 
     Source: Cohen et al. 2019, algorithm PREDICT; the test is Hung and Fithian 2019.
     """
-    check_count("samples", samples)
+    check_steps(samples, "samples")
     _check_alpha(alpha)
     _, counted = sampling.count_in_batches(
         logits_fn, x, key, sigma, 0, samples, chunk, args, mesh, batch_size, bounds, progress
@@ -196,7 +197,7 @@ def lower_bound(hits: ArrayLike, samples: int, alpha: float) -> Float[np.ndarray
     """
     from scipy.special import betaincinv
 
-    check_count("samples", samples)
+    check_steps(samples, "samples")
     _check_alpha(alpha)
     hits = np.asarray(hits)
     if hits.size and not (hits.min() >= 0 and hits.max() <= samples):
@@ -208,34 +209,36 @@ def lower_bound(hits: ArrayLike, samples: int, alpha: float) -> Float[np.ndarray
 
 
 def certified(
-    certificate: Certificate, labels: ArrayLike, radii: Sequence[float]
-) -> Bool[np.ndarray, "radii n"]:
+    certificate: Certificate, labels: ArrayLike, radii: ArrayLike | Sequence[float]
+) -> Bool[np.ndarray, "*radii n"]:
     """Which examples are classified rightly, and certified to be so, at each radius.
 
     Args:
         certificate: of n examples.
-        labels: [n] true classes.
-        radii: l2 radii >= 0.
+        labels: [n] true classes, whole numbers.
+        radii: l2 radii >= 0, or one.
 
     Returns:
-        [len(radii), n]; an abstention is wrong at every radius.
+        [len(radii), n], of one radius [n]; an abstention is wrong at every radius.
 
     Raises:
-        ValueError: labels of another shape, or a negative radius.
+        ValueError: labels of another shape, a negative radius, or a table of radii.
     """
     labels, radii = np.asarray(labels), np.asarray(radii, np.float64)
     if labels.shape != certificate.label.shape:
         raise ValueError(f"labels must have shape {certificate.label.shape}, got {labels.shape}")
-    if not (radii >= 0).all():
-        raise ValueError(f"radii must be >= 0, got {radii.tolist()}")
-    return (certificate.label == labels) & (certificate.radius >= radii[:, None])
+    if radii.ndim > 1 or not (radii >= 0).all():
+        raise ValueError(f"radii must be one or a list, all >= 0, got {radii.tolist()}")
+    # Some sets give -1 to what has no label.
+    right = (certificate.label == labels) & (certificate.label != ABSTAIN)
+    return right & (certificate.radius >= radii[..., None])
 
 
 def certified_accuracy(
-    certificate: Certificate, labels: ArrayLike, radii: Sequence[float]
-) -> Float[np.ndarray, "radii"]:
+    certificate: Certificate, labels: ArrayLike, radii: ArrayLike | Sequence[float]
+) -> Float[np.ndarray, "*radii"] | np.floating:
     """Share of the examples that are right and certified at each radius; as `certified`."""
-    return certified(certificate, labels, radii).mean(1)
+    return certified(certificate, labels, radii).mean(-1)
 
 
 def average_radius(certificate: Certificate, labels: ArrayLike) -> float:
@@ -243,7 +246,7 @@ def average_radius(certificate: Certificate, labels: ArrayLike) -> float:
 
     Source: Zhai et al. 2020 (MACER), section 5.
     """
-    right = certified(certificate, labels, (0.0,))[0]
+    right = certified(certificate, labels, 0.0)
     return float(np.where(right, certificate.radius, 0.0).mean())
 
 

@@ -66,8 +66,8 @@ def counts(
     Raises:
         TypeError, ValueError: as for `certify`.
     """
-    check_count("samples", samples)
-    check_count("start", start, low=0)
+    inputs.check_steps(samples, "samples")
+    inputs.check_steps(start, "start", low=0)
     x, keys, chunk = _checked(x, key, sigma, chunk, bounds)
     tally = _tally_of(logits_fn, x, keys, sigma, start, 0, samples, chunk, args, mesh)
     return _split(tally)[1]
@@ -87,7 +87,13 @@ def noise(
 
     Returns:
         [b, samples, ...] float32.
+
+    Raises:
+        TypeError, ValueError: the key, sigma, or a number of draws is not of the form above.
     """
+    inputs.check_number("sigma", sigma, low=0)
+    inputs.check_steps(samples, "samples")
+    inputs.check_steps(start, "start", low=0)
     keys = inputs.example_keys(key, shape[0])
     numbers = jnp.arange(start, start + samples)
     draw = jax.vmap(lambda k: _normal(jnp.broadcast_to(k, (samples,)), numbers, shape[1:]))
@@ -98,7 +104,7 @@ def count_in_batches(
     logits_fn, x, key, sigma, first, samples, chunk, args, mesh, batch_size, bounds, progress
 ):
     """Two host arrays of counts [n, classes], of the first samples and of the rest."""
-    check_count("batch_size", batch_size)
+    inputs.check_steps(batch_size, "batch_size")
     x, keys, chunk = _checked(x, key, sigma, chunk, bounds)
     # Parts of equal size: one compilation, and hardly a row that fills up.
     size = -(-len(x) // max(1, -(-len(x) // batch_size)))
@@ -202,7 +208,7 @@ def _checked(x, key, sigma, chunk, bounds):
     if np.ndim(sigma):
         raise ValueError(f"sigma must be one number, got shape {np.shape(sigma)}")
     if chunk is not None:
-        check_count("chunk", chunk)
+        inputs.check_steps(chunk, "chunk")
     x = inputs.check_images(x, inputs.check_bounds(bounds))
     return x, inputs.example_keys(key, x.shape[0]), chunk or _chunk_of(x.shape[1:])
 
@@ -211,9 +217,3 @@ def _chunk_of(shape):
     """The default of `chunk` for images of this shape."""
     numbers, images = PASS.get(jax.default_backend(), PASS_ELSEWHERE)
     return min(images, max(8, numbers // max(math.prod(shape), 1)))
-
-
-def check_count(name: str, value: int, low: int = 1) -> None:
-    """Refuses what is not a whole number of at least `low`."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
