@@ -148,14 +148,14 @@ def test_a_report_says_what_it_takes_to_get_it_again(found):
 
 def test_order_and_company_change_no_flag(found):
     _, report = found
-    order = np.random.default_rng(0).permutation(BATCH)[:30]
+    order = np.random.default_rng(0).permutation(BATCH)[:40]
     part = jr.evaluate(
-        logits_fn, X[order], LABELLED[order], threats=THREATS, suite=short, key=KEY,
-        batch_size=32, indices=order, curve_images=2, card_images=2, progress=False,
+        logits_fn, X[order], LABELLED[order], threats={"linf": THREATS["linf"]}, suite=short,
+        key=KEY, batch_size=32, indices=order, curve_images=32, card_images=32, progress=False,
     )  # fmt: skip
-    for name, threat in part.threats.items():
-        np.testing.assert_array_equal(threat.robust, report.threats[name].robust[order])
-        np.testing.assert_array_equal(threat.broken_by, report.threats[name].broken_by[order])
+    some, every = part.threats["linf"], report.threats["linf"]
+    np.testing.assert_array_equal(some.robust, every.robust[order])
+    np.testing.assert_array_equal(some.broken_by, every.broken_by[order])
 
 
 def test_few_images_give_no_all_clear(found):
@@ -252,7 +252,7 @@ def test_radii_may_be_arrays_and_attacks_have_names_of_ones_own():
     one = {"apgd-ce": small_suite()["apgd-ce"]}
     settings = {
         "suite": lambda norm, eps, bounds: one, "key": KEY, "batch_size": 32, "progress": False,
-        "curve_images": 2, "card_images": 2,
+        "curve_images": 32, "card_images": 32,
     }  # fmt: skip
     threats = {"linf": jnp.float32(0.03), "mine": one["apgd-ce"]}
     report = jr.evaluate(logits_fn, X, LABELLED, threats=threats, **settings)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxrobust import losses, metrics, parallel
-from jaxrobust.attacks.inputs import check_labels, example_keys
+from jaxrobust.attacks.inputs import check_labels, check_steps, example_keys
 from jaxrobust.data import check_images
 
 Apply = Callable[..., jax.Array]
@@ -187,8 +187,7 @@ class LossOfModel:
 
 
 def _batch_size(wanted, count, devices):
-    if wanted < 1:
-        raise ValueError(f"batch_size must be >= 1, got {wanted}")
+    check_steps(wanted, "batch_size")
     return -(-min(wanted, count) // devices) * devices
 
 

@@ -162,12 +162,7 @@ def auto_attack(
         raise ValueError("version 'custom' needs attacks, got none")
     if version != "custom" and attacks is not None:
         raise ValueError(f"attacks are for version 'custom', got version {version!r}")
-    inputs.check_number("eps", eps, low=0)
-    if norm == "linf" and np.max(eps, initial=0) > bounds[1] - bounds[0]:
-        raise ValueError(
-            f"eps must be in the unit of the images, which lie in {bounds}, got {np.max(eps):g}: "
-            "8 / 255, not 8"
-        )
+    inputs.check_eps(eps, norm, given.check_bounds(bounds))
     if version == "custom":
         _check_attacks(attacks, norm, eps, bounds, images)
     chosen = dict(attacks) if version == "custom" else suite(version, norm, eps, bounds)

@@ -38,11 +38,11 @@ def check_examples(
         TypeError, ValueError: names the argument, its value and what was expected.
     """
     bounds = check_bounds(bounds)
-    try:
+    kind = type(images).__name__
+    with contextlib.suppress(ValueError):  # of parts of unequal shapes
         images = np.asarray(images)
-    except ValueError as error:  # of unequal shapes, as are the fields of a data set
-        kind = type(images).__name__
-        raise TypeError(f"images must be an array [n, h, w, c], got {kind}") from error
+    if not isinstance(images, np.ndarray) or images.dtype == object:
+        raise TypeError(f"images must be an array [n, h, w, c], got {kind}")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
     inputs.check_images(images, bounds, "images")
@@ -53,14 +53,14 @@ def check_examples(
         )
     if np.ndim(key) != 0:
         raise ValueError(f"key must be one typed key, got shape {np.shape(key)}")
-    inputs.example_keys(key, 1)
+    inputs.check_key(key)
     keys = keys_of(key, check_indices(indices, len(images)))
     return images.astype(np.float32), labels.astype(np.int32), keys
 
 
 def keys_of(key: jax.Array, numbers: np.ndarray) -> jax.Array:
     """One key for each of the examples of these numbers: [n]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers))
+    return jax.vmap(jax.random.fold_in, (None, 0))(inputs.threefry(key), jnp.asarray(numbers))
 
 
 def check_indices(indices: Any, count: int) -> np.ndarray:
