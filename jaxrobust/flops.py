@@ -5,7 +5,9 @@ training steps are loops. Here bodies are multiplied by their trip counts, nothi
 nothing is run.
 """
 
+import dataclasses
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -13,7 +15,8 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 
-class Counts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Counts:
     """Floating-point operations; one multiplication with its addition counts as two.
 
     Attributes:
@@ -25,12 +28,22 @@ class Counts(NamedTuple):
     matmul: int
 
     def __add__(self, other):
-        """Add two counts, field by field (not the concatenation of tuples)."""
+        """Both pieces of work; `sum` begins with 0."""
+        if isinstance(other, int) and other == 0:
+            return self
+        if not isinstance(other, Counts):
+            return NotImplemented
         return Counts(self.total + other.total, self.matmul + other.matmul)
 
     def __mul__(self, times):
-        """Repeat the same work."""
+        """The same work so many times."""
+        try:
+            times = operator.index(times)
+        except TypeError:
+            return NotImplemented
         return Counts(self.total * times, self.matmul * times)
+
+    __radd__, __rmul__ = __add__, __mul__
 
 
 class Rules(NamedTuple):
@@ -123,11 +136,9 @@ def _taps(*, size, kernel, out, stride, low, lhs_dilation, rhs_dilation, count_p
 
 
 def _of_jaxpr(jaxpr, rules) -> Counts:
-    total = Counts(0, 0)
     # A ClosedJaxpr holds its Jaxpr under the same name.
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        total = total + _of_equation(equation, rules)
-    return total
+    equations = getattr(jaxpr, "jaxpr", jaxpr).eqns
+    return sum((_of_equation(equation, rules) for equation in equations), Counts(0, 0))
 
 
 def _of_equation(equation, rules) -> Counts:
@@ -223,7 +234,8 @@ def _while(params, rules):
 
 
 def _cond(params, rules):
-    return max(_of_jaxpr(branch, rules) for branch in params["branches"])
+    branches = (_of_jaxpr(branch, rules) for branch in params["branches"])
+    return max(branches, key=lambda counts: (counts.total, counts.matmul))
 
 
 def _shard_map(params, rules):

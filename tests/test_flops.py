@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -23,27 +24,43 @@ def of_shape(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def products(flops):
+    return Counts(flops, flops)
+
+
 def by_xla(fn, *args):
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
 
+def test_counts_add_and_repeat_from_either_side_and_are_no_tuples():
+    one, two = Counts(3, 2), Counts(10, 4)
+    assert one + two == two + one == sum([one, two]) == Counts(13, 6)
+    assert 3 * one == one * 3 == one * np.int64(3) == Counts(9, 6)
+    pair = (1, 2)
+    for wrong in (lambda: one + pair, lambda: pair + one, lambda: one + 1, lambda: one * 1.5):
+        with pytest.raises(TypeError, match=r"unsupported operand|can only concatenate"):
+            wrong()
+    with pytest.raises(TypeError, match="not supported between"):
+        max(one, two)
+
+
 def test_a_matrix_product_counts_two_per_multiply_accumulate():
-    assert count_flops(jnp.matmul, of_shape(3, 5), of_shape(5, 7)) == (2 * 3 * 5 * 7,) * 2
+    assert count_flops(jnp.matmul, of_shape(3, 5), of_shape(5, 7)) == products(2 * 3 * 5 * 7)
     batched = count_flops(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), of_shape(9, 3, 5),
                           of_shape(9, 4, 5))  # fmt: skip
-    assert batched == (2 * 9 * 3 * 4 * 5,) * 2
+    assert batched == products(2 * 9 * 3 * 4 * 5)
 
 
 def test_elementwise_operations_and_reductions_count_apart_from_products():
-    assert count_flops(layer, X, W) == (LAYER + 4 * 16, LAYER)
-    assert count_flops(lambda x: jnp.sum(x * x), X) == (64 + 63, 0)
-    assert count_flops(lambda x: x**4, X) == (3 * 64, 0)
-    assert count_flops(lambda x: jnp.where(x > 0, x.T.reshape(x.shape), 0), X) == (0, 0)
+    assert count_flops(layer, X, W) == Counts(LAYER + 4 * 16, LAYER)
+    assert count_flops(lambda x: jnp.sum(x * x), X) == Counts(64 + 63, 0)
+    assert count_flops(lambda x: x**4, X) == Counts(3 * 64, 0)
+    assert count_flops(lambda x: jnp.where(x > 0, x.T.reshape(x.shape), 0), X) == Counts(0, 0)
 
 
 def test_integers_and_random_bits_count_nothing():
-    assert count_flops(lambda i: (i * 3 + 1) % 7, jnp.arange(10)) == (0, 0)
-    assert count_flops(lambda k: jax.random.bits(k, (8,)), jax.random.key(0)) == (0, 0)
+    assert count_flops(lambda i: (i * 3 + 1) % 7, jnp.arange(10)) == Counts(0, 0)
+    assert count_flops(lambda k: jax.random.bits(k, (8,)), jax.random.key(0)) == Counts(0, 0)
 
 
 @pytest.mark.parametrize("length", [0, 1, 5])
@@ -97,7 +114,7 @@ def test_a_while_loop_of_unknown_length_asks_for_its_trips():
     with pytest.raises(ValueError, match="while_trips must be >= 0, got -1"):
         count_flops(halve, X, W, while_trips=-1)
     # The condition, a sum of 64 numbers, is asked once more than the body runs.
-    assert count_flops(halve, X, W, while_trips=3) == (3 * (LAYER + 64) + 4 * 63, 3 * LAYER)
+    assert count_flops(halve, X, W, while_trips=3) == Counts(3 * (LAYER + 64) + 4 * 63, 3 * LAYER)
 
 
 def test_a_conditional_counts_its_costlier_branch():
@@ -183,7 +200,7 @@ def test_a_convolution_and_its_gradients_count_alike_and_as_xla_does(name):
 
 def test_padding_counts_as_published_tables_count_it():
     x, w = of_shape(2, 16, 16, 8), of_shape(3, 3, 8, 32)
-    assert count_flops(convolution(), x, w) == (2 * 2 * 16 * 16 * 9 * 8 * 32,) * 2
+    assert count_flops(convolution(), x, w) == products(2 * 2 * 16 * 16 * 9 * 8 * 32)
     inside = count_flops(convolution(), x, w, count_padding=False)
     assert inside.matmul == 2 * 2 * (16 * 3 - 2) ** 2 * 8 * 32
     assert count_flops(convolution(stride=2), x, w).matmul == 2 * 2 * 8 * 8 * 9 * 8 * 32
