@@ -79,7 +79,9 @@ def arguments(
     )
     parser.add_argument("--plot-only", action="store_true", help="draw from the results file")
     parser.add_argument(
-        "--devices", type=int, help="how many (default: all; a CPU counts as one per core, or 8)"
+        "--devices",
+        type=int,
+        help="how many (default: all; a CPU is split, one per core, at most 8)",
     )
     parser.add_argument(
         "--mapping",
