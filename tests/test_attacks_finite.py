@@ -121,6 +121,11 @@ def test_no_answer_is_a_wrong_one(name):
     assert np.all((x_adv != x).any((1, 2, 3)))
 
 
+def test_a_start_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"delta must lie in .*: some are NaN"):
+        attacks.linf_pgd(0.1)(lambda x: x.sum((1, 2, 3)), X, delta=jnp.full_like(X, jnp.nan))
+
+
 def test_auto_pgd_leaves_a_start_without_a_loss():
     def holed(x):
         """No number where some starts lie; its slope leads out of there."""

@@ -21,6 +21,10 @@ def test_windows_shrink_at_the_published_queries():
     np.testing.assert_array_equal(rescaled, sides[::2])
 
 
+def test_the_attack_and_what_makes_it_have_the_same_defaults():
+    assert attacks.Square(eps=0.1, norm="linf") == attacks.square("linf", 0.1)
+
+
 def test_windows_of_two_bumps_have_a_middle_and_fit_the_image():
     sides = _sides("l2", 5000, 0.8, False, (28, 20))
     assert (sides[sides < 20] % 2 == 1).all()
@@ -98,6 +102,10 @@ def test_masked_pixels_are_bit_identical_and_other_norms_refuse_masks():
     x_adv = attacks.square("linf", 0.3, queries=50)(logits_fn, X, LABELS, KEY, mask=mask)
     np.testing.assert_array_equal(x_adv[:, 1::2], X[:, 1::2])
     assert (x_adv != X).any()
+    x = X.at[:, 1::2].set(-0.0)
+    x_adv = attacks.square("linf", 0.3, queries=50)(logits_fn, x, logits_fn(x).argmax(1), KEY, mask)
+    assert x_adv[:, 1::2].tobytes() == x[:, 1::2].tobytes()
+    assert (x_adv != x).any()
     with pytest.raises(ValueError, match="in linf only"):
         attacks.square("l2", 0.3)(logits_fn, X, LABELS, KEY, mask=mask)
 

@@ -219,13 +219,14 @@ def constant(tree: Any) -> Any:
     return jax.tree.map(stop, tree)
 
 
-def check_labels(labels: Any, batch: int, classes: int) -> Array:
+def check_labels(labels: Any, batch: int, classes: int, name: str = "labels") -> Array:
     """The labels as an array, after checks of shape, type and range.
 
     Args:
         labels: [b] whole numbers in [0, classes).
         batch: b.
         classes: how many logits there are.
+        name: what to call them in an error.
 
     Raises:
         TypeError: labels are not integers.
@@ -233,13 +234,13 @@ def check_labels(labels: Any, batch: int, classes: int) -> Array:
     """
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
     if labels.shape != (batch,):
-        raise ValueError(f"labels must have shape ({batch},), got {labels.shape}")
+        raise ValueError(f"{name} must have shape ({batch},), got {labels.shape}")
     if not isinstance(labels, jax.core.Tracer) and labels.size:
         low, high = _range(labels)
         if low < 0 or high >= classes:
-            raise ValueError(f"labels must lie in [0, {classes}), got values in [{low}, {high}]")
+            raise ValueError(f"{name} must lie in [0, {classes}), got values in [{low}, {high}]")
     return labels
 
 

@@ -19,7 +19,6 @@ from jaxrobust import balls, losses
 from jaxrobust.attacks import inputs
 from jaxrobust.attacks.classifier import class_count
 from jaxrobust.attacks.pgd import finite_gradient
-from jaxrobust.losses._checks import check_labels
 
 LogitsFn = Callable[..., Array]
 
@@ -82,8 +81,7 @@ def checked(
     labels = inputs.check_labels(labels, x.shape[0], classes)
     if targets is None:
         return x, labels, mask, args, False
-    targets = jnp.asarray(targets)
-    check_labels(targets, x.shape[0], classes=classes, name="targets")
+    targets = inputs.check_labels(targets, x.shape[0], classes, "targets")
     if not any(isinstance(v, jax.core.Tracer) for v in (labels, targets)):
         same = np.flatnonzero(np.asarray(labels) == np.asarray(targets))
         if same.size:

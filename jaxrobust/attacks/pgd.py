@@ -71,7 +71,7 @@ class PGD:
             mask: broadcasts to x, 1 where a pixel may change and 0 where it must not; fractions
                 scale the radius.
             args: arrays (or trees of them) that the loss takes besides x.
-            delta: [b, ...] a start of one's own, projected first.
+            delta: [b, ...] float, a start of one's own, projected first.
 
         Returns:
             x_adv, of x's shape and type, inside ball and box; masked pixels are bit-identical.
@@ -80,8 +80,10 @@ class PGD:
             TypeError, ValueError: names the argument, its value and what was expected.
         """
         x, mask, args = inputs.check_call(x, mask, args, self.bounds)
-        delta = inputs.constant(delta)
-        start = "given" if delta is not None else self.start
+        start = self.start
+        if delta is not None:
+            start, delta = "given", inputs.constant(delta)
+            delta = inputs.check_images(delta, inputs.ANYWHERE, "delta")
         if key is not None:  # labels in its place must not go unseen where nothing is drawn
             inputs.check_key(key)
         draws = start in ("uniform", "gaussian")
