@@ -243,6 +243,8 @@ def test_labels_where_a_key_belongs_are_noticed():
     for attack in LOSS_ATTACKS:
         with pytest.raises(TypeError, match="An attack that takes a loss takes no labels"):
             attack(loss_fn, X, LABELS)
+        with pytest.raises(TypeError, match="An attack that takes a loss takes no labels"):
+            unchecked(attack)(loss_fn, X, LABELS, KEY)
 
 
 def test_attacks_that_take_labels_are_refused_where_one_on_a_loss_is_needed():

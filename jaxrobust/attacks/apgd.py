@@ -55,7 +55,7 @@ class APGD:
 
         Returns the point of the largest loss among all that were visited.
         """
-        x, mask, args = inputs.check_call(x, mask, args, self.bounds)
+        x, mask, args = inputs.check_call(x, mask, args, self.bounds, key)
         keys = inputs.example_keys(key, x.shape[0])
         if x.shape[0] == 0:
             return x

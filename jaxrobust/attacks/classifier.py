@@ -157,7 +157,7 @@ def break_batch(
     slots: int = 128,
 ) -> Array:
     """Runs an attack with `search(classes)` and `eps` on one batch; see the module's docstring."""
-    x, mask, args = inputs.check_call(x, mask, args, attack.bounds)
+    x, mask, args = inputs.check_call(x, mask, args, attack.bounds, key)
     keys = inputs.example_keys(key, x.shape[0])
     draws = attack.draws
     if draws and not x.shape[0]:

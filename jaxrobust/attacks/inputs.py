@@ -108,14 +108,16 @@ def check_bounds(
 
 
 def check_call(
-    x: Any, mask: Any, args: Any, bounds: tuple[float, float]
+    x: Any, mask: Any, args: Any, bounds: tuple[float, float], key: Any = None
 ) -> tuple[Array, Any, tuple]:
     """What all attacks are called with, checked, and with no gradient flowing into it.
 
     Raises:
-        TypeError: `args` are no tuple; or as `check_images`.
+        TypeError: `args` are no tuple, or a key is no key; or as `check_images`.
         ValueError: as `check_images` and `check_mask`.
     """
+    if key is not None:  # before the mask: labels in a key's place push the key into the mask's
+        check_key(key)
     x, mask, args = constant((x, mask, check_args(args)))
     x = check_images(x, bounds)
     check_mask(mask, x)

@@ -79,13 +79,11 @@ class PGD:
         Raises:
             TypeError, ValueError: names the argument, its value and what was expected.
         """
-        x, mask, args = inputs.check_call(x, mask, args, self.bounds)
+        x, mask, args = inputs.check_call(x, mask, args, self.bounds, key)
         start = self.start
         if delta is not None:
             start, delta = "given", inputs.constant(delta)
             delta = inputs.check_images(delta, inputs.ANYWHERE, "delta")
-        if key is not None:  # labels in its place must not go unseen where nothing is drawn
-            inputs.check_key(key)
         draws = start in ("uniform", "gaussian")
         keys = inputs.example_keys(key, x.shape[0]) if draws else None
         if x.shape[0] == 0:
@@ -217,7 +215,7 @@ class NFGSM:
         args: tuple = (),
     ) -> Array:
         """Perturbs a batch; arguments, result and errors as `PGD.__call__`."""
-        x, mask, args = inputs.check_call(x, mask, args, self.bounds)
+        x, mask, args = inputs.check_call(x, mask, args, self.bounds, key)
         keys = inputs.example_keys(key, x.shape[0])
         base, eps, step, room, eta = _n_fgsm_start(self, x, keys, mask)
         delta = _n_fgsm_step(loss_fn, base, step, room, eta, args)
