@@ -260,7 +260,7 @@ def subset(examples: jr.data.Dataset, classes: tuple[int, ...]) -> jr.data.Datas
     """The examples of some classes, renumbered in their order."""
     kept = examples.take(np.flatnonzero(np.isin(examples.labels, classes)))
     places = {label: place for place, label in enumerate(classes)}
-    return kept._replace(
+    return kept.replace(
         labels=np.array([places[label] for label in kept.labels], np.int32),
         class_names=tuple(examples.class_names[label] for label in classes),
     )

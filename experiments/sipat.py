@@ -122,7 +122,7 @@ def annotated(key, config, sets, options) -> tuple[jr.data.Dataset, dict]:
     """The training set with the method's maps, and what they cost."""
     method, train_set = config.methods[key["method"]], sets[key["dataset"]]["train"]
     if method.source is None:
-        return train_set._replace(salience=None), {}
+        return train_set.replace(salience=None), {}
     if method.source != "human":  # The teacher's training is no cost of the maps.
         weights({**key, "method": method.teacher}, config, sets, options)
     begun = time.perf_counter()

@@ -144,7 +144,7 @@ def test_the_worst_case_is_over_the_suite_and_all_that_know_the_defence(
 ):
     # Labelled as it answers, so that there is something to lose.
     answers = np.asarray(ours.model.apply(ours.variables, TEST.images)).argmax(1)
-    test = TEST._replace(labels=answers.astype(np.int32))
+    test = TEST.replace(labels=answers.astype(np.int32))
     world = WORLD._replace(test=test)
     stood = np.arange(COUNT) != 2  # one that the suite broke
     threat = SimpleNamespace(
@@ -446,7 +446,9 @@ def test_sweeps_are_run_for_the_first_seed_alone():
         seeds.setdefault((key["dataset"], key["method"]), []).append(key["seed"])
     assert seeds["emoji", "recommended"] == seeds["mnist5k", "gaussian_dae"] == [0, 1, 2]
     assert seeds["emoji", "reported_lambda_1"] == seeds["cutouts", "recommended"] == [0]
-    assert len(seeds) == len(config.problems) * len(config.methods)
+    wide = [name for name, method in config.methods.items() if method.wide]
+    assert len(seeds) == len(config.problems) * (len(config.methods) - len(wide)) + len(wide)
+    assert seeds["mnist5k", "recommended_wide"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "gaussian_dae", "reported", "recommended"])

@@ -151,7 +151,7 @@ def test_the_cut_out_set_is_the_same_every_time(few):
                 stored = data.dataset.decode_image(
                     example[name].read(), 3 if name == "image" else 1, None
                 )
-                field = few["validation"]._asdict()["images" if name == "image" else name]
+                field = getattr(few["validation"], "images" if name == "image" else name)
                 np.testing.assert_array_equal(stored, np.round(field[row] * 255))
 
 
@@ -224,13 +224,14 @@ def test_birds_come_with_their_segmentations(tmp_path, monkeypatch, random):
     assert train.class_names[0] == "Black footed Albatross"
     assert train.class_names[199] == "Common Yellowthroat"
     for part in (train, test):
-        for image, label, index, salience in zip(*part[:3], part.salience, strict=True):
-            assert label == (0, 199)[index % 2]
-            np.testing.assert_allclose(image, 40 * index / 255, atol=0.01)
+        for example in part:
+            index = example["index"]
+            assert example["label"] == (0, 199)[index % 2]
+            np.testing.assert_allclose(example["image"], 40 * index / 255, atol=0.01)
             # 60 pixels wide, cropped to the 40 in the middle.
             expected = np.zeros(40)
             expected[: 5 * index] = 204 / 255
-            np.testing.assert_allclose(salience[0, :, 0], expected, atol=1e-6)
+            np.testing.assert_allclose(example["salience"][0, :, 0], expected, atol=1e-6)
 
 
 def test_a_bird_without_its_segmentation_is_named(tmp_path, monkeypatch, random):

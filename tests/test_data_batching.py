@@ -225,3 +225,21 @@ def test_prefetch_stops_its_thread_and_the_iterator_when_the_consumer_leaves():
 def test_prefetch_refuses_size_zero():
     with pytest.raises(ValueError, match="size must be >= 1, got 0"):
         prefetch([], size=0)
+
+
+def test_a_data_set_of_ones_own_arrays_reads_like_one():
+    images = np.random.default_rng(0).random((6, 4, 5, 1))
+    data = Dataset.of(images, [0, 1, 2, 0, 1, 2])
+    assert len(data) == 6
+    assert data.class_names == ("0", "1", "2")
+    assert repr(data) == "Dataset(6 images 4x5x1, 3 classes)"
+    assert data.images.dtype == np.float32
+    some = data[1:3]
+    np.testing.assert_array_equal(some.images, data.images[1:3])
+    assert some.indices.tolist() == [1, 2]
+    one = data[-1]
+    assert (one["label"], one["index"]) == (2, 5)
+    np.testing.assert_array_equal(one["image"], data.images[5])
+    assert [example["index"] for example in data] == list(range(6))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
+        Dataset.of(images, [0, 1, 2, 0, 1, 2], ("a", "b"))

@@ -284,7 +284,7 @@ def test_taken_examples_keep_all_that_is_theirs(rows):
     assert part.class_names == whole.class_names
     for name in ("images", "labels", "indices", "salience"):
         np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
-    assert whole._replace(salience=None).take(rows).salience is None
+    assert whole.replace(salience=None).take(rows).salience is None
 
 
 GREY = np.zeros((2, 4, 4, 1), np.float32)

@@ -323,7 +323,7 @@ def test_an_average_that_is_not_kept_is_refused_before_training():
 def with_one(dataset, field, value):
     column = np.array(getattr(dataset, field))
     column[0] = value
-    return dataset._replace(**{field: column})
+    return dataset.replace(**{field: column})
 
 
 @pytest.mark.parametrize(
@@ -335,12 +335,12 @@ def with_one(dataset, field, value):
             r"labels must lie in \[0, 3\).*got 0 to 3",
         ),
         (lambda d: with_one(d, "labels", -1), ValueError, "got -1 to 2"),
-        (lambda d: d._replace(labels=d.labels[:50]), ValueError, r"labels must be \[84\]"),
-        (lambda d: d._replace(indices=d.indices[:50]), ValueError, r"indices must be \[84\]"),
-        (lambda d: d._replace(labels=np.float32(d.labels)), TypeError, "labels must be whole"),
+        (lambda d: d.replace(labels=d.labels[:50]), ValueError, r"labels must be \[84\]"),
+        (lambda d: d.replace(indices=d.indices[:50]), ValueError, r"indices must be \[84\]"),
+        (lambda d: d.replace(labels=np.float32(d.labels)), TypeError, "labels must be whole"),
         (lambda d: with_one(d, "images", np.nan), ValueError, "images must lie in"),
-        (lambda d: d._replace(salience=d.images[..., :0]), ValueError, "salience must be"),
-        (lambda d: d._replace(salience=d.images[..., :1] - 1), ValueError, "salience must lie in"),
+        (lambda d: d.replace(salience=d.images[..., :0]), ValueError, "salience must be"),
+        (lambda d: d.replace(salience=d.images[..., :1] - 1), ValueError, "salience must lie in"),
     ],
 )
 def test_examples_that_are_none_are_refused_before_training(change, error, message):

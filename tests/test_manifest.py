@@ -74,16 +74,16 @@ def test_the_fingerprint_does_not_depend_on_the_order_but_on_everything_else():
     images[5, 2, 2, 1] = np.nextafter(images[5, 2, 2, 1], np.float32(2))
     swapped = (CLEAN.captions[1], CLEAN.captions[0], *CLEAN.captions[2:])
     others = (
-        CLEAN._replace(images=images),
-        CLEAN._replace(captions=swapped),
-        CLEAN._replace(indices=CLEAN.indices + 1),
+        CLEAN.replace(images=images),
+        CLEAN.replace(captions=swapped),
+        CLEAN.replace(indices=CLEAN.indices + 1),
         CLEAN.take(slice(0, 11)),
     )
     marks = {manifest.fingerprint(pairs) for pairs in others}
     assert len(marks) == 4
     assert mark not in marks
     with pytest.raises(ValueError, match="indices must be unique, got 0 "):
-        manifest.fingerprint(CLEAN._replace(indices=CLEAN.indices * 0))
+        manifest.fingerprint(CLEAN.replace(indices=CLEAN.indices * 0))
 
 
 def test_only_the_data_of_a_manifest_passes():

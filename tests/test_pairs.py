@@ -205,7 +205,7 @@ def test_pairs_are_taken_with_all_that_is_theirs():
     images = np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1)
     texts, ids = tuple("abcd"), np.arange(10, 14, dtype=np.int32)
     pairs = Pairs(images, texts, ids)
-    labelled = pairs._replace(labels=ids % 2, class_names=("even", "odd"))
+    labelled = pairs.replace(labels=ids % 2, class_names=("even", "odd"))
     for rows in (slice(1, 3), [1, 2], np.array([False, True, True, False])):
         part = labelled.take(rows)
         assert part.captions == ("b", "c")

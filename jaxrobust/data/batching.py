@@ -34,10 +34,6 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Int[np.ndarray, "count"
     return np.argsort(draws, kind="stable")
 
 
-def _count(dataset: Dataset | Source) -> int:
-    return len(dataset.labels) if isinstance(dataset, Dataset) else len(dataset)
-
-
 def steps_per_epoch(
     dataset: Dataset | Source, batch_size: int, *, drop_remainder: bool = True
 ) -> int:
@@ -55,7 +51,7 @@ def steps_per_epoch(
         ValueError: batch_size < 1, or the data set does not fill one batch and the remainder is
             dropped.
     """
-    count = _count(dataset)
+    count = len(dataset)
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if not drop_remainder:
@@ -127,7 +123,7 @@ def batches(
     _check_processes(batch_size, process_index, process_count)
     if not 0 <= start <= steps:
         raise ValueError(f"start must be in [0, {steps}], the epoch's batches, got {start}")
-    count = _count(dataset)
+    count = len(dataset)
     remainder = count % batch_size if keep and not pad else 0
     if remainder % process_count:
         raise ValueError(

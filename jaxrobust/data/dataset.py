@@ -16,8 +16,9 @@ from jaxrobust.data.packages import require
 MAX_EAGER_BYTES = 4 * 1024**3
 
 
-class Dataset(NamedTuple):
-    """A whole split in memory.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """A whole split in memory; `dataset[:16]` are its first examples, `dataset[0]` the first one.
 
     Attributes:
         images: [n, h, w, c] float32 in [0, 1].
@@ -34,9 +35,49 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
     salience: Float[np.ndarray, "n h w 1"] | None = None
 
+    @classmethod
+    def of(cls, images: Any, labels: Any, class_names: Sequence[str] | None = None) -> "Dataset":
+        """A data set of one's own arrays, checked; an example's index is its row.
+
+        Args:
+            images: [n, h, w, c] float in [0, 1].
+            labels: [n] whole numbers, from 0.
+            class_names: one per class; None calls them "0", "1", ...
+
+        Raises:
+            TypeError, ValueError: as `check_dataset`.
+        """
+        labels = np.asarray(labels)
+        if class_names is None:
+            class_names = map(str, range(int(labels.max(initial=0)) + 1))
+        rows = np.arange(len(labels), dtype=np.int32)
+        dataset = cls(np.asarray(images), labels, rows, tuple(class_names))
+        check_dataset(dataset)
+        images, labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
+        return dataset.replace(images=images, labels=labels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Any) -> Any:
+        """One example as a dict, as of a `Source`; or the examples of a slice or an index array."""
+        if not isinstance(rows, int | np.integer):
+            return self.take(rows)
+        one = {"image": self.images[rows], "label": self.labels[rows], "index": self.indices[rows]}
+        return one if self.salience is None else {**one, "salience": self.salience[rows]}
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        salience = "" if self.salience is None else ", with salience"
+        return f"Dataset({len(self)} images {shape}, {len(self.class_names)} classes{salience})"
+
+    def replace(self, **columns: Any) -> "Dataset":
+        """The same data set with other columns."""
+        return dataclasses.replace(self, **columns)
+
     def take(self, rows: Any) -> "Dataset":
         """The examples at `rows`, a slice or an index array, with everything that is theirs."""
-        return self._replace(
+        return self.replace(
             images=self.images[rows],
             labels=self.labels[rows],
             indices=self.indices[rows],

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -34,8 +34,9 @@ from jaxrobust.data.stored_images import Images, stored
 _CHECKED_AT_ONCE = 4096  # files whose checks are queued together
 
 
-class Pairs(NamedTuple):
-    """Images with their captions.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Pairs:
+    """Images with their captions; `pairs[:16]` are the first of them.
 
     Attributes:
         images: [n, h, w, c] float32 in [0, 1]: an array, or `StoredImages`, of which
@@ -52,10 +53,27 @@ class Pairs(NamedTuple):
     labels: Int[np.ndarray, "n"] | None = None
     class_names: tuple[str, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, rows: Any) -> Any:
+        """One pair as a dict; or the pairs of a slice or an index array."""
+        if not isinstance(rows, int | np.integer):
+            return self.take(rows)
+        image = np.asarray(self.images[[rows]])[0]
+        return {"image": image, "caption": self.captions[rows], "index": self.indices[rows]}
+
+    def __repr__(self) -> str:
+        return f"Pairs({len(self)} images with captions, {len(self.class_names)} classes)"
+
+    def replace(self, **columns: Any) -> "Pairs":
+        """The same pairs with other columns."""
+        return dataclasses.replace(self, **columns)
+
     def take(self, rows: Any) -> "Pairs":
         """The pairs at `rows`, a slice or an index array, with everything that is theirs."""
-        places = np.arange(len(self.captions))[rows]
-        return self._replace(
+        places = np.arange(len(self))[rows]
+        return self.replace(
             images=self.images[rows],
             captions=tuple(self.captions[place] for place in places),
             indices=self.indices[rows],

@@ -161,7 +161,7 @@ def backdoor(
     if dirty:
         poisoned = _with(pairs, images, [poison])
     else:
-        poisoned = pairs._replace(images=stored_images.replaced(pairs.images, rows, images))
+        poisoned = pairs.replace(images=stored_images.replaced(pairs.images, rows, images))
     return poisoned, record(pairs, poisoned, [poison])
 
 

@@ -28,7 +28,7 @@ def attach(dataset: Any, maps: Any) -> Any:
         ValueError: maps of the wrong size, with NaN, or outside [0, 1].
     """
     check_maps(maps, dataset.images)
-    return dataset._replace(salience=np.asarray(maps, np.float32))
+    return dataset.replace(salience=np.asarray(maps, np.float32))
 
 
 def from_files(paths: Sequence[str | Path | None], *, size: int | None = None) -> Maps:
