@@ -1,5 +1,6 @@
 """A defended model is its parts in a row; its head is an optimum; its bound holds."""
 
+import inspect
 import json
 
 import jax
@@ -135,6 +136,7 @@ def with_classes(variables, count):
     ("message", "call"),
     [
         ("resize must be", lambda v: models.defend(None, (3,), FOUNDATION)),
+        ("resize.0. must be", lambda v: models.defend(None, 0, FOUNDATION)),
         ("head must be an integer", lambda v: models.defend(None, None, FOUNDATION, 0)),
         ("frozen must be one of", lambda v: models.defend(None, None, FOUNDATION, frozen=("F",))),
         ("parts must be one of", lambda v: models.join(backbone={})),
@@ -181,6 +183,20 @@ def with_classes(variables, count):
 def test_bad_arguments_are_refused(message, call, variables):
     with pytest.raises(ValueError, match=message):
         call(variables)
+
+
+def test_parts_that_are_no_models_are_refused():
+    defend = inspect.unwrap(models.defend)
+    with pytest.raises(TypeError, match=r"foundation must be a Model, such as models.from_linen"):
+        defend(None, None, lambda x: x)
+    with pytest.raises(TypeError, match="preprocessor must be a Model"):
+        defend(lambda x: x, None, FOUNDATION)
+
+
+def test_one_number_resizes_to_squares_and_a_model_shows_its_settings():
+    square = models.defend(None, 8, FOUNDATION)
+    assert square.config == models.defend(None, (8, 8), FOUNDATION).config
+    assert repr(square).startswith("Model(name='defended', preprocessor=None, resize=[8, 8]")
 
 
 # ---- heads --------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from jaxrobust.models.layers import (
     norm_layer,
     normalise,
 )
-from jaxrobust.models.model import Variables, from_linen, images
+from jaxrobust.models.model import Variables, from_linen, images, shown
 from jaxrobust.models.resnet import PreActBlock
 
 
@@ -45,6 +45,9 @@ class AutoEncoder(NamedTuple):
     config: dict[str, Any]
     encode: Callable[..., Array]
     decode: Callable[..., Array]
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 @jax.custom_jvp

@@ -27,7 +27,7 @@ _HEAD = "head"
 
 def defend(
     preprocessor: Model | AutoEncoder | None,
-    resize: Sequence[int] | None,
+    resize: int | Sequence[int] | None,
     foundation: Model,
     head: int | None = None,
     *,
@@ -39,13 +39,14 @@ def defend(
     Args:
         preprocessor: images [b, h, w, c] in [0, 1] to images; None for none.
         resize: (height, width) that the foundation model wants, bilinear, with antialiasing where
-            it shrinks; (height, width, 3) to give it grey images as three equal channels too; None
-            to leave images as they are.
+            it shrinks; (height, width, 3) to give it grey images as three equal channels too; one
+            number for squares; None to leave images as they are.
         foundation: a classifier.
         head: classes of a new linear head on the foundation's features; None keeps the
             foundation's own answer ("swap-in").
         tap: the foundation's activation that a new head stands on; averaged over pixels if it is
-            [b, h, w, d].
+            [b, h, w, d]. Models of this package call it "features"; in a module of one's own it is
+            the path of a submodule, such as "Dense_0".
         frozen: parts that stand still in `training.train_step`: they run in inference mode and
             float32, with BatchNorm's statistics as they are, and neither a gradient nor weight
             decay moves their parameters.
@@ -57,8 +58,17 @@ def defend(
         "preprocessed" and "resized".
 
     Raises:
+        TypeError: preprocessor or foundation is no Model.
         ValueError: resize is not two or three integers >= 1, head < 1, or frozen names no part.
     """
+    kinds = Model | AutoEncoder | None, Model
+    for name, model, kind in zip(PARTS, (preprocessor, foundation), kinds, strict=False):
+        if not isinstance(model, kind):
+            raise TypeError(
+                f"{name} must be a Model, such as models.from_linen(module), got {model!r:.200}"
+            )
+    if isinstance(resize, int):
+        resize = (resize, resize)
     if resize is not None:
         if len(resize) not in (2, 3):
             raise ValueError(f"resize must be (height, width[, channels]), got {tuple(resize)}")

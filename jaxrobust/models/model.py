@@ -53,6 +53,15 @@ class Model(NamedTuple):
     train: Callable[..., Any]
     config: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return shown(self)
+
+
+def shown(model: Any) -> str:
+    """A model by what its `config` says, its functions left out."""
+    fields = ", ".join(f"{name}={value!r}" for name, value in model.config.items())
+    return f"{type(model).__name__}({fields})"
+
 
 class Inputs(NamedTuple):
     """What a network takes.
