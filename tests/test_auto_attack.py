@@ -379,12 +379,14 @@ def test_what_is_no_classifier_is_named():
     for function, error, message in (
         (model, TypeError, "logits_fn must be a function .* got Model: pass lambda x, variables"),
         (model.apply, TypeError, "logits_fn must take .* got one that takes x last"),
-        (lambda x, _: (logits_fn(x), x), TypeError, "and nothing else, got a tuple"),
+        (lambda x, _: (logits_fn(x), x), ValueError, r"one array .* got a tuple"),
         (lambda x, _: logits_fn(x, x), TypeError, "positional argument"),
         (None, TypeError, "logits_fn must be a function .* got NoneType$"),
     ):
         with pytest.raises(error, match=message):
             unchecked(function, X, LABELS, eps=EPS, key=KEY, args=(variables,), progress=False)
+    with pytest.raises(TypeError, match=r"args must be a tuple, such as \(labels,\), got dict"):
+        unchecked(lambda x, _: logits_fn(x), X, LABELS, eps=EPS, key=KEY, args=variables)
 
 
 def test_counts_may_be_numpys_and_no_bools():

@@ -219,6 +219,18 @@ def test_what_cannot_be_checked_is_refused(options, message):
         linear_card(linear, WEIGHTS, **options)
 
 
+def test_eps_may_be_an_array_of_no_axes():
+    labels = np.asarray(linear(POINTS, WEIGHTS).argmax(1))
+    flags = {"white_box": np.ones(24, bool), "black_box": np.ones(24, bool)}
+    card = evaluation.report_card(
+        linear, POINTS, labels, eps=jnp.float32(0.05), key=jax.random.key(0), args=(WEIGHTS,),
+        **flags,
+    )  # fmt: skip
+    assert [check.verdict for check in card] == [
+        check.verdict for check in linear_card(linear, WEIGHTS).values()
+    ]
+
+
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="logits_fn must return finite logits"):
         linear_card(linear, WEIGHTS * np.inf)

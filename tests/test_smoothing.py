@@ -393,6 +393,8 @@ def test_a_model_that_returns_nan_is_refused_and_a_traced_one_counts_it_for_no_c
 def test_logits_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"logits_fn must return \[b, classes\], got shape"):
         smoothing.predict(lambda x: jnp.zeros((len(x), *shape)), X, KEY, sigma=SIGMA)
+    with pytest.raises(ValueError, match=r"logits_fn must return \[b, classes\], got a tuple"):
+        smoothing.predict(lambda x: (x[:, :2], x), X, KEY, sigma=SIGMA)
 
 
 def test_bad_labels_hits_and_radii_are_refused():

@@ -39,7 +39,8 @@ def correct(
         images: [n, h, w, c] float32 in [0, 1].
         labels: [n] whole numbers.
         attack: a gradient attack, or None for clean images.
-        key: one typed key; example i draws from fold_in(key, i), whatever the batch size.
+        key: one typed key, of which example i draws from fold_in(key, i), whatever the batch size;
+            or [n] keys of their own.
         mask: [n, h, w, 1] or [n, h, w, c], 1 where the attack may change a pixel; None for all.
         batch_size: examples at a time, rounded up to a multiple of the devices; the last batch is
             filled up, so that nothing recompiles.
@@ -101,7 +102,8 @@ def accuracy_curve(
         labels: [n] whole numbers.
         attack: an attack value with an `eps`; a fixed `step_size` stays as it is.
         eps: the radii, rising; at 0 no attack is run.
-        key: one typed key; example i draws from fold_in(key, i) at every radius.
+        key: one typed key, of which example i draws from fold_in(key, i) at every radius; or [n]
+            keys of their own.
         batch_size: examples at a time, rounded up to a multiple of the devices; the last batch of a
             radius is filled up.
         mesh: spreads each batch over devices; one device by default.

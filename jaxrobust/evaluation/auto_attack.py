@@ -77,6 +77,9 @@ def suite(version: str, norm: str, eps: Any, bounds=(0.0, 1.0)) -> dict[str, Any
         eps: radius: a number or [n].
         bounds: the box.
 
+    Raises:
+        ValueError: another version or norm, or what the attacks refuse.
+
     Source: Croce and Hein 2020; l1: Croce and Hein 2021 (Mind the box).
     """
     box = {"bounds": bounds}

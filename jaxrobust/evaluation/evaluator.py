@@ -182,7 +182,7 @@ def _versions():
 
 def _device(mesh):
     one, count = (mesh.devices.flat[0], mesh.size) if mesh else (jax.devices()[0], 1)
-    return f"{count} x {one.platform}, {one.device_kind}"
+    return f"{count} x {one.device_kind}"
 
 
 class _Subject(NamedTuple):

@@ -78,7 +78,7 @@ def check_indices(indices: Any, count: int) -> np.ndarray:
 
 
 def class_count(
-    logits_fn: Any, shape: tuple[int, ...], args: tuple, *, draws: int = 0, rows: int = 1
+    logits_fn: Any, shape: tuple[int, ...], args: Any, *, draws: int = 0, rows: int = 1
 ) -> int:
     """How many classes a classifier of images tells apart; asks for shapes alone.
 
@@ -90,8 +90,8 @@ def class_count(
         rows: b.
 
     Raises:
-        TypeError: no function, one that takes x elsewhere, or one that returns more than logits.
-        ValueError: fewer than 2 logits, or logits that are not [b, classes].
+        TypeError: no function, one that takes x last, or args that are no tuple.
+        ValueError: fewer than 2 logits, or what is not one array [b, classes].
     """
     if not callable(logits_fn):
         advice = "lambda x, variables: model.apply(variables, x), with args=(variables,)"
@@ -99,28 +99,21 @@ def class_count(
             "logits_fn must be a function (x, *args) -> [b, classes], got "
             f"{type(logits_fn).__name__}" + f": pass {advice}" * hasattr(logits_fn, "apply")
         )
+    args = inputs.check_args(args)
     x = jax.ShapeDtypeStruct((rows, *shape), np.float32)
     keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),) if draws else ()
     try:
         return classifier.class_count(logits_fn, x, (*keys, *args))
     except Exception as error:
-        message = _misuse(logits_fn, x, (*keys, *args))
-        if message is None:  # the function's own error says it best
+        if not _takes_x_last(logits_fn, x, args):  # the function's own error says it best
             raise
-        raise TypeError(message) from error
+        raise TypeError(
+            "logits_fn must take (x, *args), got one that takes x last, as apply does: pass "
+            "lambda x, variables: apply(variables, x)"
+        ) from error
 
 
-def _misuse(logits_fn: Callable, x, args):
-    """What is wrong with a call of `logits_fn` that failed, if it is a usual mistake."""
+def _takes_x_last(logits_fn: Callable, x, args):
     with contextlib.suppress(Exception):
-        found = jax.eval_shape(logits_fn, x, *args)
-        if not hasattr(found, "shape"):
-            kind = type(found).__name__
-            return f"logits_fn must return logits [b, classes] and nothing else, got a {kind}"
-    with contextlib.suppress(Exception):
-        if args and len(jax.eval_shape(logits_fn, *args, x).shape) == 2:
-            return (
-                "logits_fn must take (x, *args), got one that takes x last, as apply does: pass "
-                "lambda x, variables: apply(variables, x)"
-            )
-    return None
+        return bool(args) and len(jax.eval_shape(logits_fn, *args, x).shape) == 2
+    return False

@@ -95,8 +95,10 @@ def report_card(
     Raises:
         TypeError, ValueError: an argument is not of the form above, or logits are not finite.
     """
-    if not np.isscalar(eps) or not eps > 0:
+    if np.ndim(eps) or not eps > 0:
         raise ValueError(f"eps must be a number > 0, got {eps!r}")
+    if isinstance(eps, np.ndarray | jax.Array):
+        eps = eps.item()
     if preprocessor is not None and random:
         raise ValueError("preprocessor must be None for a random model: BPDA takes (x, *args)")
     counts = {"steps": steps, "targets": targets, "queries": queries, "batch_size": batch_size}

@@ -35,7 +35,7 @@ class ThreatReport:
         stages: accuracy after each attack, "clean" first.
         seconds: by attack, compilation included.
         flops: by attack, of matrix products and convolutions, counted on what was computed.
-        per_class: robust accuracy of each class.
+        per_class: robust accuracy of each class; None where it has no image.
         curve: {"eps": [...], "accuracy": [...]} under PGD-20 on the first images: an upper bound.
             Empty for a threat that is an attack.
         robust: [n] bool.
@@ -52,7 +52,7 @@ class ThreatReport:
     stages: dict[str, float]
     seconds: dict[str, float]
     flops: dict[str, float]
-    per_class: list[float]
+    per_class: list[float | None]
     curve: dict[str, list[float]]
     robust: np.ndarray
     broken_by: np.ndarray

@@ -93,7 +93,7 @@ def task_of(
     labels: np.ndarray,
     keys: jax.Array,
     chosen: Mapping[str, Any],
-    args: tuple,
+    args: Any,
     batch_size: Any,
     mesh: Mesh | None,
 ) -> Task:
@@ -108,6 +108,7 @@ def task_of(
         raise ValueError(f"attacks must agree on draws of a random model, got {sorted(draws)}")
     slots, draws = _slots(batch_size, mesh), draws.pop()
     rows = scheduler.fitting(slots, len(images), mesh)
+    args = inputs.check_args(args)
     args = parallel.replicate(args, mesh) if mesh else args
     classes = given.class_count(logits_fn, images.shape[1:], args, draws=draws, rows=rows)
     inputs.check_labels(labels, len(labels), classes)

@@ -195,9 +195,11 @@ def _normal(keys, numbers, shape):
 
 def _classes(logits_fn, x, args):
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    shape = jax.eval_shape(logits_fn, one, *args).shape
-    if len(shape) != 2 or shape[0] != 1:
-        raise ValueError(f"logits_fn must return [b, classes], got shape {shape} for one example")
+    logits = jax.eval_shape(logits_fn, one, *args)
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != 1:
+        got = f"a {type(logits).__name__}" if shape is None else f"shape {shape} for one example"
+        raise ValueError(f"logits_fn must return [b, classes], got {got}")
     return shape[1]
 
 
