@@ -6,10 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
-from jaxrobust import models
+from jaxrobust import models, parallel, training
 from jaxrobust.models.layers import GroupNorm
 
 KEY = jax.random.key(0)
@@ -256,8 +257,35 @@ def test_an_ordinary_linen_module_becomes_a_model():
     np.testing.assert_allclose(
         batch_stats["BatchNorm_0"]["mean"], 0.01 * x.mean((0, 1, 2)), rtol=1e-4
     )
-    with pytest.raises(ValueError, match="axis_name needs a module whose call takes `mode`"):
-        model.train(variables, x, axis_name="data")
+
+
+@pytest.mark.parametrize(("devices", "mapping"), [(1, "shard_map"), (1, "pmap"), (2, "jit")])
+def test_an_ordinary_linen_module_trains(devices, mapping):
+    state = run_plain(devices, mapping)
+    alone = run_plain(1, "jit")
+    chex.assert_trees_all_close(state, alone, atol=1e-6)
+
+
+def run_plain(devices, mapping):
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x).mean((1, 2)))
+
+    model, mesh, optimizer = models.from_linen(Plain()), parallel.data_mesh(devices), optax.sgd(0.1)
+    state = parallel.create(
+        lambda: training.create_state(model, optimizer, jax.random.key(0), (4, 4, 2)), mesh
+    )
+    step = training.train_step(model, optimizer, training.standard())
+    batch = {"image": images(4, 4, 4, 2), "label": np.int32([0, 1, 2, 0]), "index": np.arange(4)}
+    run = parallel.data_parallel(step, mesh, mapping=mapping)
+    state, _ = run(state, parallel.shard_batch(batch, mesh))
+    return jax.device_get((state.params, state.batch_stats))
+
+
+def test_an_ordinary_linen_module_with_statistics_is_refused_where_devices_would_differ():
+    with pytest.raises(ValueError, match="trains on one device, or on several with mapping='jit'"):
+        run_plain(2, "shard_map")
 
 
 def test_a_linen_module_whose_train_has_no_default_becomes_a_model_too():

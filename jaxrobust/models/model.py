@@ -27,6 +27,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
+from jaxrobust import parallel
 from jaxrobust.models.layers import INFERENCE, Mode
 
 Variables = Mapping[str, Any]
@@ -209,7 +210,8 @@ def _call(
     x = inputs.check(x)
     watched = bool(taps or perturbations)
     mutable = ["batch_stats"] * mode.train + [_TAPS] * watched
-    run = functools.partial(module.apply, variables, x, **_mode_arguments(module, variables, mode))
+    arguments = _mode_arguments(module, variables, mode)
+    run = functools.partial(module.apply, variables, x, **arguments)
     try:
         with nn.intercept_methods(_tapping(perturbations)) if watched else nullcontext():
             out, state = run(mutable=mutable) if mutable else (run(), {})
@@ -222,7 +224,11 @@ def _call(
     found = {".".join(path[:-1]): a for path, a in flatten_dict(state.get(_TAPS, {})).items()}
     _check_known("taps", taps, found)
     _check_known("perturbations", perturbations, found)
-    return out, dict(state.get("batch_stats", {})), {name: found[name] for name in taps}
+    stats = dict(state.get("batch_stats", {}))
+    if "mode" not in arguments:
+        # Of one device alone, which `shard_map` cannot see.
+        stats = parallel.mean(stats, mode.axis_name)
+    return out, stats, {name: found[name] for name in taps}
 
 
 def _mode_arguments(module: nn.Module, variables: Variables, mode: Mode) -> dict[str, Any]:
@@ -231,9 +237,13 @@ def _mode_arguments(module: nn.Module, variables: Variables, mode: Mode) -> dict
         return {"mode": mode}
     if mode.dtype is not None:
         raise ValueError(f"dtype needs a module whose call takes `mode`, got {type(module)}")
-    if mode.axis_name is not None and variables.get("batch_stats"):
+    several = mode.axis_name is not None and jax.lax.axis_size(mode.axis_name) > 1
+    if several and variables.get("batch_stats"):
         # Its statistics would be those of one device, and differ between the devices.
-        raise ValueError(f"axis_name needs a module whose call takes `mode`, got {type(module)}")
+        raise ValueError(
+            f"a module with batch statistics whose call takes no `mode`, {type(module)}, trains on "
+            "one device, or on several with mapping='jit'"
+        )
     return {"train": mode.train} if "train" in known else {}
 
 
