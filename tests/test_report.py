@@ -238,6 +238,10 @@ def test_corruptions_are_told_and_drawn_beside_the_attacks(found, tmp_path):
         ({"key": jnp.zeros(2, jnp.uint32)}, "key must be one typed key"),
         ({"threats": {"linf": jr.spatial()}}, "attacks must be of norm 'linf', got Spatial"),
         ({"threats": {"l2": jr.apgd_ce("linf", 0.1)}}, "attacks must be of norm 'l2'"),
+        (
+            {"threats": {"l2": 0.1}, "suite": lambda norm, eps, bounds: small_suite(eps)},
+            "attacks must be of norm 'l2', got ClassifierAPGD of 'linf' for 'apgd-ce'",
+        ),
         ({"threats": 0.1}, r"threats must be radii by norm .* got 0.1"),
         ({"indices": np.arange(3)}, "indices must have shape"),
         ({"bounds": None}, r"bounds must be \(low, high\)"),
