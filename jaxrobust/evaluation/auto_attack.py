@@ -5,7 +5,7 @@
 
 Each attack sees only the examples that held so far. Its run is a stream of examples through a fixed
 number of slots (`attacks.scheduler`), and an example's randomness is its own, so that flags do not
-depend on batch size, order or devices.
+depend on batch size or devices, nor on the order where `indices` say which example is which.
 """
 
 from collections.abc import Callable, Iterator, Mapping
