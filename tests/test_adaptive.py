@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrobust import attacks, losses
-from jaxrobust.attacks import inputs
+from jaxrobust.keys import fold
 from tests.test_apgd import BATCH, GOLDENS, KEY, LABELS, X, logits_fn
 
 KEYS = attacks.example_keys(jax.random.key(5), BATCH)
@@ -79,7 +79,7 @@ def test_transfer_keeps_the_surrogate_that_the_target_takes_worst():
     singles = []
     for i, surrogate in enumerate((shifted, darkened)):
         own = lambda x, y, f=surrogate: losses.margin(f(x), y)  # noqa: E731
-        singles.append(PGD(own, X, inputs.fold(KEYS, i), args=(LABELS,)))
+        singles.append(PGD(own, X, fold(KEYS, i), args=(LABELS,)))
     scores = np.stack([losses.margin(logits_fn(x), LABELS) for x in singles])
     best = scores.argmax(0)
     assert 0.1 < best.mean() < 0.9  # each surrogate wins some rows

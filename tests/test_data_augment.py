@@ -141,5 +141,5 @@ def test_bad_arguments_are_refused(images, keys):
         pad_crop(keys, images, pad=-1)
     with pytest.raises(ValueError, match="size must be >= 0, got -1"):
         cutout(keys, images, size=-1)
-    with pytest.raises(ValueError, match=r"one per image \(16\), got 3"):
+    with pytest.raises(ValueError, match=r"one per example \(16,\), got \(3,\)"):
         flip(keys[:3], images)

@@ -7,6 +7,7 @@ import pytest
 
 from jaxrobust import attacks
 from jaxrobust.attacks import inputs
+from jaxrobust.keys import example_keys, threefry
 
 BATCH, IMAGE = 6, (4, 3, 2)
 X = jax.random.uniform(jax.random.key(1), (BATCH, *IMAGE))
@@ -32,9 +33,9 @@ def data(keys):
 
 def test_keys_of_the_default_generator_stay_as_they_are():
     keys = jax.random.split(jax.random.key(3), BATCH)
-    np.testing.assert_array_equal(data(inputs.example_keys(keys, BATCH)), data(keys))
+    np.testing.assert_array_equal(data(example_keys(keys, BATCH)), data(keys))
     folded = [jax.random.fold_in(jax.random.key(3), i) for i in range(BATCH)]
-    ours = data(inputs.example_keys(jax.random.key(3), BATCH))
+    ours = data(example_keys(jax.random.key(3), BATCH))
     np.testing.assert_array_equal(ours, [data(key) for key in folded])
 
 
@@ -42,12 +43,12 @@ def test_keys_of_the_default_generator_stay_as_they_are():
 def test_every_word_of_another_generators_key_counts(generator):
     words = jnp.array([[1, 2, 3, 4], [0, 2, 3, 4], [1, 2, 0, 4], [1, 2, 3, 0]], jnp.uint32)
     keys = jax.random.wrap_key_data(words, impl=generator)
-    ours = inputs.threefry(keys)
+    ours = threefry(keys)
     assert str(jax.random.key_impl(ours)) == "threefry2x32"
     assert len(np.unique(data(ours), axis=0)) == len(words)
     for key, row in zip(keys, data(ours), strict=True):
-        np.testing.assert_array_equal(data(inputs.threefry(key)), row)
-        np.testing.assert_array_equal(data(jax.jit(inputs.threefry)(key)), row)
+        np.testing.assert_array_equal(data(threefry(key)), row)
+        np.testing.assert_array_equal(data(jax.jit(threefry)(key)), row)
 
 
 DRAWING = {

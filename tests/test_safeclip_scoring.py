@@ -7,7 +7,7 @@ import pytest
 
 from jaxrobust import parallel, safeclip
 from jaxrobust.attacks import example_keys
-from jaxrobust.attacks.inputs import fold
+from jaxrobust.keys import fold
 from tests.test_safeclip_fit import fit, noisy, recipe
 from tests.tiny_clip import SHAPE, WORDS, tiny_clip
 

@@ -166,6 +166,22 @@ def test_noise_is_a_function_of_key_step_and_example_on_any_devices():
         np.testing.assert_allclose([m["noise"] for m in history], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_the_compilers_own_generators_give_the_same_run_on_any_devices(impl):
+    step = train_step(PLAIN, OPTIMIZER, adversarial(attacks.n_fgsm(0.1)), augment=CROP)
+    runs = []
+    for devices in (1, 8):
+        mesh = parallel.data_mesh(devices)
+        state = parallel.create(
+            lambda key: create_state(PLAIN, OPTIMIZER, key, SHAPE), mesh,
+            jax.random.key(0, impl=impl),
+        )  # fmt: skip
+        run = parallel.data_parallel(step, mesh)
+        batches = lambda seed, mesh=mesh: parallel.shard_batch(batch_of(seed), mesh)  # noqa: E731
+        runs.append(after_three(run, state, batches))
+    assert_close(*runs)
+
+
 def test_a_metric_that_differs_between_devices_raises_when_traced():
     local = standard()._replace(perturb=lambda context, x, labels: (x, {}, {"max": x.max()}))
     with pytest.raises(ValueError, match="require replication"):

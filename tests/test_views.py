@@ -64,7 +64,7 @@ def test_one_key_is_shared_out_by_row(transform, images):
 
 @every
 def test_a_wrong_number_of_keys_is_refused(transform, images, keys):
-    with pytest.raises(ValueError, match=r"one per image \(12\), got 3"):
+    with pytest.raises(ValueError, match=r"one per example \(12,\), got \(3,\)"):
         transform(keys[:3], images)
 
 

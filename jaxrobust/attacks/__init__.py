@@ -6,7 +6,6 @@ from jaxrobust.attacks.carlini_wagner import CWL2, cw_l2
 from jaxrobust.attacks.deepfool import DeepFool, deepfool
 from jaxrobust.attacks.fab import FAB, fab, fab_t
 from jaxrobust.attacks.hop_skip_jump import HopSkipJump, hop_skip_jump
-from jaxrobust.attacks.inputs import example_keys
 from jaxrobust.attacks.minimal import DDN, FMN, ddn, fmn
 from jaxrobust.attacks.patch import Patch, patch
 from jaxrobust.attacks.pgd import (
@@ -23,6 +22,7 @@ from jaxrobust.attacks.pgd import (
 from jaxrobust.attacks.spatial import Spatial, spatial
 from jaxrobust.attacks.square import Square, square
 from jaxrobust.attacks.wrap import multi_targeted, restarts, targeted, worst_of
+from jaxrobust.keys import example_keys
 
 __all__ = [
     "APGD",

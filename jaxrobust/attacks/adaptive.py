@@ -22,6 +22,7 @@ from jaxrobust import losses
 from jaxrobust.attacks import inputs
 from jaxrobust.attacks.value import LossFn, attack_value
 from jaxrobust.attacks.wrap import LogitsFn, Margin, check_takes_loss, checked, worst
+from jaxrobust.keys import example_keys, fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,10 @@ class EOT:
         # of an attack do not climb the same draw.
         sums = jax.lax.stop_gradient(x).reshape(x.shape[0], -1).sum(1).astype(jnp.float32)
         bits = jax.lax.bitcast_convert_type(sums, jnp.uint32)
-        here = jax.vmap(jax.random.fold_in)(inputs.example_keys(keys, x.shape[0]), bits)
+        here = jax.vmap(jax.random.fold_in)(example_keys(keys, x.shape[0]), bits)
 
         def one(total, number):
-            return total + self.loss_fn(x, inputs.fold(here, number), *args), None
+            return total + self.loss_fn(x, fold(here, number), *args), None
 
         none = jnp.zeros_like(x, shape=(x.shape[0],))
         return jax.lax.scan(jax.checkpoint(one), none, jnp.arange(self.draws))[0] / self.draws
@@ -131,7 +132,7 @@ class Transfer:
             TypeError, ValueError: names the argument, its value and what was expected.
         """
         x, labels, args = checked(logits_fn, x, labels, args)
-        keys = inputs.example_keys(key, x.shape[0])
+        keys = example_keys(key, x.shape[0])
         given = surrogate_args or ((),) * len(self.surrogates)
         if len(given) != len(self.surrogates):
             raise ValueError(
@@ -142,7 +143,7 @@ class Transfer:
             self.attack(
                 _LossOf(surrogate, self.loss),
                 x,
-                inputs.fold(keys, i),
+                fold(keys, i),
                 mask=mask,
                 args=(labels, *own),
             )

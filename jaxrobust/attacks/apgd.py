@@ -17,6 +17,7 @@ from jaxrobust import balls
 from jaxrobust.attacks import apgd_step, box, classifier, inputs, loop, scheduler
 from jaxrobust.attacks.pgd import finite_gradient, loss_and_gradient
 from jaxrobust.attacks.value import LossFn, Number, attack_value
+from jaxrobust.keys import example_keys
 
 
 @attack_value(data=("eps", "rho"), meta=("steps", "norm", "large_radii", "bounds", "loop"))
@@ -56,7 +57,7 @@ class APGD:
         Returns the point of the largest loss among all that were visited.
         """
         x, mask, args = inputs.check_call(x, mask, args, self.bounds, key)
-        keys = inputs.example_keys(key, x.shape[0])
+        keys = example_keys(key, x.shape[0])
         if x.shape[0] == 0:
             return x
         plan = (self.norm, self.steps, self.large_radii)

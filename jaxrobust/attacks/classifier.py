@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jaxrobust import balls, losses, metrics
 from jaxrobust.attacks import box, inputs, scheduler
 from jaxrobust.attacks.pgd import finite_gradient
+from jaxrobust.keys import example_keys, fold
 from jaxrobust.losses.classification import DLR_EPSILON
 
 LogitsFn = Callable[..., Array]
@@ -88,7 +89,7 @@ def evaluate(
         return values, wrong, finite_gradient(grad)
 
     def add(i, sums):
-        grad, (values, wrong) = gradient(x, inputs.fold(rows.keys, i))
+        grad, (values, wrong) = gradient(x, fold(rows.keys, i))
         return jax.tree.map(jnp.add, sums, (values, wrong.astype(x.dtype), grad))
 
     none = inputs.per_example(x, 0)
@@ -105,7 +106,7 @@ def predict(
         return metrics.misclassified(logits, labels), logits
 
     def one(i):
-        logits = logits_fn(x, inputs.fold(keys, i), *args)
+        logits = logits_fn(x, fold(keys, i), *args)
         return metrics.misclassified(logits, labels), logits
 
     wrong, logits = jax.lax.map(one, jnp.arange(draws))
@@ -158,7 +159,7 @@ def break_batch(
 ) -> Array:
     """Runs an attack with `search(classes)` and `eps` on one batch; see the module's docstring."""
     x, mask, args = inputs.check_call(x, mask, args, attack.bounds, key)
-    keys = inputs.example_keys(key, x.shape[0])
+    keys = example_keys(key, x.shape[0])
     draws = attack.draws
     if draws and not x.shape[0]:
         return x
@@ -229,7 +230,7 @@ def _traced(search, logits_fn, x, labels, targets, eps, keys, args):
     def one_round(number, found):
         size, x_adv = found
         aim, rounds = targets[:, number % targets.shape[1]], jnp.full(len(x), number)
-        rows = scheduler.Rows(x, labels, aim, eps, inputs.fold(keys, number), rounds)
+        rows = scheduler.Rows(x, labels, aim, eps, fold(keys, number), rounds)
         state = search.begin(rows)
         step = lambda _, state: search.advance(logits_fn, state, rows, args)  # noqa: E731
         state = jax.lax.fori_loop(0, search.evaluations, step, state)

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from jaxrobust.attacks import inputs, loop, nearest
 from jaxrobust.attacks.value import attack_value
+from jaxrobust.keys import example_keys, fold
 
 NORMS = ("linf", "l2")
 # Blends of an image and its random start that are looked at, and how often a start is drawn anew.
@@ -87,7 +88,7 @@ class HopSkipJump:
             starts = inputs.check_images(inputs.constant(starts), self.bounds)
             if starts.shape != x.shape:
                 raise ValueError(f"starts must have x's shape {x.shape}, got {starts.shape}")
-        keys = inputs.example_keys(key, x.shape[0])
+        keys = example_keys(key, x.shape[0])
         if x.shape[0] == 0:
             return x
         static = (logits_fn, targeted, self)
@@ -136,9 +137,9 @@ def _draw(is_adv, frame, keys, bounds, done):
 
     def draw(state):
         i, start, found = state
-        fold = inputs.fold(keys, i)
+        own = fold(keys, i)
         shape, dtype = frame.x.shape[1:], frame.x.dtype
-        noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, *bounds))(fold)
+        noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, *bounds))(own)
         start = jnp.where(inputs.wide(found, start), start, jnp.clip(noise, frame.low, frame.high))
         return i + 1, start, found | is_adv(start)
 
@@ -204,7 +205,7 @@ def _hop(static, i, carry, operands):
     distance = nearest.norms(point - frame.x, attack.norm)
     radius = attack.gamma * distance / math.prod(point.shape[1:])
     radius = jnp.where(i == 0, 0.1 * nearest.widths(attack.bounds), radius)
-    keys = inputs.fold(keys, i)
+    keys = fold(keys, i)
     direction = _normal(attack, is_adv, frame, point, radius, keys, i)
     if attack.norm == "linf":
         direction = jnp.sign(direction)
@@ -225,9 +226,9 @@ def _normal(attack, is_adv, frame, point, radius, keys, i):
     free, radius = frame.high > frame.low, jnp.maximum(inputs.wide(radius, point), 1e-12)
 
     def look(c, sums):
-        fold = inputs.fold(keys, c)
+        own = fold(keys, c)
         draw = jax.vmap(lambda key: noise(key, (chunk, *shape), point.dtype), out_axes=1)
-        step = jax.vmap(nearest.unit)(jnp.where(free, draw(fold), 0))  # [chunk, b, ...]
+        step = jax.vmap(nearest.unit)(jnp.where(free, draw(own), 0))  # [chunk, b, ...]
         copies = jnp.clip(point + radius * step, frame.low, frame.high)
         step = (copies - point) / radius
         hit = is_adv(copies.reshape(-1, *shape)).reshape(step.shape[:2])

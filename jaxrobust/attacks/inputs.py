@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxrobust import balls
 from jaxrobust.attacks.loop import FORMS
+from jaxrobust.keys import check_key
 
 # An image decoded elsewhere may lie a rounding error outside its box; more is a mistake of unit.
 _ULP = 1e-6
@@ -244,62 +245,3 @@ def check_labels(labels: Any, batch: int, classes: int, name: str = "labels") ->
         if low < 0 or high >= classes:
             raise ValueError(f"{name} must lie in [0, {classes}), got values in [{low}, {high}]")
     return labels
-
-
-def check_key(key: Any) -> None:
-    """Refuses what is no typed key (`jax.random.key`)."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return
-    hint = ""
-    if dtype is not None and jnp.issubdtype(dtype, jnp.signedinteger):
-        hint = (
-            ". An attack that takes a loss takes no labels: attack(loss_fn, x, key, "
-            "args=(labels,)); one that takes labels has the key after them"
-        )
-    raise TypeError(f"key must be typed, as jax.random.key(0) makes it, got {key!r}{hint}")
-
-
-def example_keys(key: Array | None, batch: int) -> Array:
-    """One key per example, so that a row does not depend on its neighbours.
-
-    Args:
-        key: one typed key, folded with each row's number, or [b] keys of one's own.
-        batch: b.
-
-    Returns:
-        [b] typed keys (`threefry`).
-
-    Raises:
-        TypeError: not a typed key (`jax.random.key`).
-        ValueError: keys of another shape.
-    """
-    check_key(key)
-    if key.shape not in ((), (batch,)):
-        raise ValueError(f"key must be one key or one per example ({batch},), got {key.shape}")
-    key = threefry(key)
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    return key
-
-
-def threefry(key: Array) -> Array:
-    """One key, or [b], of JAX's default generator, made of the words of any other's.
-
-    Under `vmap` the compiler's own generators (rbg, unsafe_rbg) draw for the batch as a whole: an
-    example would draw otherwise with other neighbours.
-    """
-    if str(jax.random.key_impl(key)) == "threefry2x32":
-        return key
-    words = jax.random.key_data(key)
-    key = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
-    fold_in = jax.vmap(jax.random.fold_in) if key.ndim else jax.random.fold_in
-    for i in range(2, words.shape[-1]):
-        key = fold_in(key, words[..., i])
-    return key
-
-
-@jax.jit
-def fold(keys: Array, number: Array | int) -> Array:
-    """The keys [b] of one of several draws, each from its example's own key."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

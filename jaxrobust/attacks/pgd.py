@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jaxrobust import balls
 from jaxrobust.attacks import box, inputs, loop
 from jaxrobust.attacks.value import LossFn, Number, attack_value
+from jaxrobust.keys import example_keys
 
 STARTS = ("uniform", "gaussian", "none")
 
@@ -85,7 +86,7 @@ class PGD:
             start, delta = "given", inputs.constant(delta)
             delta = inputs.check_images(delta, inputs.ANYWHERE, "delta")
         draws = start in ("uniform", "gaussian")
-        keys = inputs.example_keys(key, x.shape[0]) if draws else None
+        keys = example_keys(key, x.shape[0]) if draws else None
         if x.shape[0] == 0:
             return x
         carry, operands = _begin(self, start, x, keys, mask, delta)
@@ -216,7 +217,7 @@ class NFGSM:
     ) -> Array:
         """Perturbs a batch; arguments, result and errors as `PGD.__call__`."""
         x, mask, args = inputs.check_call(x, mask, args, self.bounds, key)
-        keys = inputs.example_keys(key, x.shape[0])
+        keys = example_keys(key, x.shape[0])
         base, eps, step, room, eta = _n_fgsm_start(self, x, keys, mask)
         delta = _n_fgsm_step(loss_fn, base, step, room, eta, args)
         return box.finish(x, delta, eps, self.bounds)

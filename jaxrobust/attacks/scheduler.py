@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from jaxrobust import metrics, parallel
 from jaxrobust.attacks import inputs, loop
+from jaxrobust.keys import fold
 
 # What few examples are given, as shares of the slots: each is compiled when it is first needed. A
 # run that was full ends in the first of them.
@@ -286,7 +287,7 @@ def confirmed(search: Search, logits_fn: Callable, x_adv: Array, rows: Rows, arg
         return metrics.misclassified(logits_fn(x_adv, *keys, *args), rows.labels)
 
     if search.draws:
-        draw = lambda i: ask(inputs.fold(rows.keys, _FRESH + i))  # noqa: E731
+        draw = lambda i: ask(fold(rows.keys, _FRESH + i))  # noqa: E731
         wrong = jax.lax.map(draw, jnp.arange(search.draws)).mean(0) > 0.5
     else:
         wrong = ask()

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jaxrobust import losses
 from jaxrobust.attacks import classifier, inputs
 from jaxrobust.attacks.value import LossFn, attack_value
+from jaxrobust.keys import example_keys, fold
 
 Attack = Any  # anything called as attack(loss_fn, x, key, mask=None, args=())
 LogitsFn = Callable[..., Array]
@@ -36,10 +37,9 @@ class Restarts:
     ) -> Array:
         """Attacks a batch; arguments, result and errors as `PGD.__call__`."""
         x = inputs.check_images(x, inputs.ANYWHERE)
-        keys = inputs.example_keys(key, x.shape[0])
+        keys = example_keys(key, x.shape[0])
         runs = (
-            self.attack(loss_fn, x, inputs.fold(keys, i), mask=mask, args=args)
-            for i in range(self.count)
+            self.attack(loss_fn, x, fold(keys, i), mask=mask, args=args) for i in range(self.count)
         )
         return worst(self.select or loss_fn, runs, args)
 
@@ -61,9 +61,9 @@ class WorstOf:
     ) -> Array:
         """Attacks a batch; arguments, result and errors as `PGD.__call__`."""
         x = inputs.check_images(x, inputs.ANYWHERE)
-        keys = inputs.example_keys(key, x.shape[0])
+        keys = example_keys(key, x.shape[0])
         runs = (
-            attack(loss_fn, x, inputs.fold(keys, i), mask=mask, args=args)
+            attack(loss_fn, x, fold(keys, i), mask=mask, args=args)
             for i, attack in enumerate(self.attacks)
         )
         return worst(self.select or loss_fn, runs, args)
@@ -131,13 +131,11 @@ class MultiTargeted:
             x_adv, of x's shape and type.
         """
         x, labels, args = checked(logits_fn, x, labels, args)
-        keys = inputs.example_keys(key, x.shape[0])
+        keys = example_keys(key, x.shape[0])
         others = _likeliest_others(logits_fn, x, labels, args)
         loss_fn = _TargetMargin(logits_fn)
         runs = (
-            self.attack(
-                loss_fn, x, inputs.fold(keys, i), mask=mask, args=(labels, others[:, i], *args)
-            )
+            self.attack(loss_fn, x, fold(keys, i), mask=mask, args=(labels, others[:, i], *args))
             for i in range(min(self.targets, others.shape[1]))
         )
         return worst(Margin(logits_fn), runs, (labels, *args))

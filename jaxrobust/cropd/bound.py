@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxrobust import losses, parallel
-from jaxrobust.attacks.inputs import check_labels, check_number, check_steps, example_keys
+from jaxrobust.attacks.inputs import check_labels, check_number, check_steps
 from jaxrobust.data import check_images
 from jaxrobust.evaluation import LossOfModel
+from jaxrobust.keys import example_keys
 from jaxrobust.models import Model
 from jaxrobust.models.defended import flat
 

@@ -9,8 +9,9 @@ from jaxtyping import Array, Float
 
 from jaxrobust import losses
 from jaxrobust.attacks import n_fgsm
-from jaxrobust.attacks.inputs import check_number, fold
+from jaxrobust.attacks.inputs import check_number
 from jaxrobust.attacks.value import Number
+from jaxrobust.keys import fold
 from jaxrobust.training import Context, Objective
 from jaxrobust.training.objectives import (
     Schedule,

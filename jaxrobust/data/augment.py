@@ -13,23 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxrobust.keys import example_keys, fold
+
 Keys = Key[Array, ""] | Key[Array, "keys"]
 Images = Float[Array, "b h w c"]
 Mask = Float[Array, "b h w #c"]
 
 
-def per_example(key: Array, count: int) -> Array:
-    """One key per example: those given, or row numbers folded into the one given."""
-    if key.ndim == 1:
-        if len(key) != count:
-            raise ValueError(f"key must be one key or one per image ({count}), got {len(key)}")
-        return key
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
-
-
 def moved_together(move: Callable, key: Array, images: Array, mask: Array | None) -> object:
     """Applies `move(key, image)` to each example with its mask as further channels."""
-    keys = per_example(key, len(images))
+    keys = example_keys(key, len(images))
     if mask is None:
         return jax.vmap(move)(keys, images)
     stacked = jnp.concatenate([images, mask.astype(images.dtype)], axis=-1)
@@ -42,7 +35,7 @@ def recoloured(
     change: Callable, key: Array, images: Array, mask: Array | None
 ) -> Array | tuple[Array, Array]:
     """Applies `change(key, image)` to each example; pixels stay where they are, and so the mask."""
-    changed = jax.vmap(change)(per_example(key, len(images)), images).astype(images.dtype)
+    changed = jax.vmap(change)(example_keys(key, len(images)), images).astype(images.dtype)
     return changed if mask is None else (changed, mask)
 
 
@@ -147,9 +140,9 @@ def compose(*transforms: Callable) -> Callable:
     def composed(
         key: Keys, images: Images, mask: Mask | None = None
     ) -> Images | tuple[Images, Mask]:
-        keys = per_example(key, len(images))
+        keys = example_keys(key, len(images))
         for position, transform in enumerate(transforms):
-            own = jax.vmap(lambda key, number=position: jax.random.fold_in(key, number))(keys)
+            own = fold(keys, position)
             if mask is None:
                 images = transform(own, images)
             else:

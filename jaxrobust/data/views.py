@@ -10,9 +10,10 @@ from functools import partial
 
 import jax
 
-from jaxrobust.data.augment import Images, Keys, Mask, compose, flip, per_example
+from jaxrobust.data.augment import Images, Keys, Mask, compose, flip
 from jaxrobust.data.colours import check_channels, check_share, color_jitter, grayscale
 from jaxrobust.data.resampling import gaussian_blur, random_resized_crop
+from jaxrobust.keys import example_keys
 
 # What SafeCLIP's blur was made for: 21 pixels and sigma up to 2 at a side of 224.
 _BLUR_SIDE, _BLUR_RADIUS, _BLUR_SIGMA = 224, 10, 2.0
@@ -69,7 +70,7 @@ def clip_views(
     check_share("strength", strength)
     check_channels(images)
     if strength == 0:
-        per_example(key, len(images))  # the number of keys is checked at any strength
+        example_keys(key, len(images))  # the number of keys is checked at any strength
         return images if mask is None else (images, mask)
     sigma, radius = blur_for(min(images.shape[1:3]), strength)
     amounts = dict.fromkeys(("brightness", "contrast", "saturation"), 0.5 * strength)

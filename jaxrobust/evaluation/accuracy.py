@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxrobust import losses, metrics, parallel
-from jaxrobust.attacks.inputs import check_labels, check_steps, example_keys
+from jaxrobust.attacks.inputs import check_labels, check_steps
 from jaxrobust.data import check_images
+from jaxrobust.keys import example_keys
 
 Apply = Callable[..., jax.Array]
 

@@ -36,6 +36,7 @@ from jaxrobust.evaluation.masking import report_card
 from jaxrobust.evaluation.report import Report, ThreatReport
 from jaxrobust.evaluation.task import fingerprint_of
 from jaxrobust.files import atomic_write
+from jaxrobust.keys import numbered_keys
 
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 _CURVE_STEPS = 20
@@ -236,7 +237,7 @@ class _Subject(NamedTuple):
 
     def _curve_and_card(self, norm, eps, key, result: AutoAttackResult):
         """As they were found before, if they were."""
-        keys = given.keys_of(key, self.indices)
+        keys = numbered_keys(key, self.indices)
         findings = Findings(
             self.folder and self.folder / f"{norm}-card.json",
             f"{fingerprint_of(self.images, self.labels, keys, result.attacks)} {norm} {eps}",

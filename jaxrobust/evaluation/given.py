@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrobust.attacks import classifier, inputs
+from jaxrobust.keys import check_key, numbered_keys
 
 
 def check_bounds(bounds: Any) -> tuple[float, float]:
@@ -53,14 +53,9 @@ def check_examples(
         )
     if np.ndim(key) != 0:
         raise ValueError(f"key must be one typed key, got shape {np.shape(key)}")
-    inputs.check_key(key)
-    keys = keys_of(key, check_indices(indices, len(images)))
+    check_key(key)
+    keys = numbered_keys(key, check_indices(indices, len(images)))
     return images.astype(np.float32), labels.astype(np.int32), keys
-
-
-def keys_of(key: jax.Array, numbers: np.ndarray) -> jax.Array:
-    """One key for each of the examples of these numbers: [n]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(inputs.threefry(key), jnp.asarray(numbers))
 
 
 def check_indices(indices: Any, count: int) -> np.ndarray:

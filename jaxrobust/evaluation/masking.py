@@ -23,6 +23,7 @@ from jaxrobust.evaluation import checks, given, probes
 from jaxrobust.evaluation.checks import Check
 from jaxrobust.evaluation.ledger import Ledger
 from jaxrobust.evaluation.task import run_suite, task_of
+from jaxrobust.keys import fold
 
 # The iterative attack: its step in units of eps, its steps, and how many times more for the check.
 STEP, STEPS, LONGER = 0.1, 40, 4
@@ -200,13 +201,13 @@ class _Model(NamedTuple):
         sizes = eps, step, steps, random_start
 
         def run(x, labels, keys):
-            return probes.ascend(*shape, x, labels, inputs.fold(keys, number), args, *sizes)
+            return probes.ascend(*shape, x, labels, fold(keys, number), args, *sizes)
 
         return self.batched(run)
 
     def wrong(self, x):
         ask = lambda x, labels, keys, x_adv: probes.wrong(  # noqa: E731
-            self.logits_fn, self.draws, x_adv, labels, inputs.fold(keys, 1000), self.args
+            self.logits_fn, self.draws, x_adv, labels, fold(keys, 1000), self.args
         )
         return self.batched(ask, x)
 

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxrobust import balls, losses
-from jaxrobust.attacks import box, classifier, inputs, scheduler
+from jaxrobust.attacks import box, classifier, scheduler
 from jaxrobust.attacks.adaptive import bpda
+from jaxrobust.keys import fold
 
 # Half of a finite difference, in units of the box: far above float32's rounding of a logit, far
 # below an eps. Larger steps meet more kinks of honest ReLU networks.
@@ -74,7 +75,7 @@ def probe(
     )
 
     def forward(x, draw):
-        return logits_fn(x, *((inputs.fold(keys, draw),) if draws else ()), *args)
+        return logits_fn(x, *((fold(keys, draw),) if draws else ()), *args)
 
     # Each of the two loops holds one copy of the model, which is what keeps compilation short.
     logits, first, mean, margin = _gradients(forward, draws, x, inside, labels)
@@ -238,7 +239,7 @@ def ascend(
 
     def step(i, state):
         delta, broken = state
-        rows = _rows(x, labels, inputs.fold(keys, i) if draws else keys)
+        rows = _rows(x, labels, fold(keys, i) if draws else keys)
         loss = _cross_entropy
         _, wrong, grad = classifier.evaluate(logits_fn, loss, x + delta, rows, args, draws)
         moved = ball.project(delta + ball.ascend(grad, step_size, eps, *room), eps, *room)

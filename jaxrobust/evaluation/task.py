@@ -17,6 +17,7 @@ from jaxrobust import parallel
 from jaxrobust.attacks import classifier, inputs, scheduler
 from jaxrobust.evaluation import given
 from jaxrobust.evaluation.ledger import Ledger
+from jaxrobust.keys import fold
 
 # Logits that a state keeps, to tell models apart.
 _KEPT_LOGITS = 100_000
@@ -157,7 +158,7 @@ def run_suite(
             labels=labels,
             targets=targets[:, : search.targets],
             eps=radii_of(chosen[name].eps, images),
-            keys=inputs.fold(keys, number),
+            keys=fold(keys, number),
         )
         with tqdm(total=len(jobs), desc=name, unit="image", disable=not progress) as bar:
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrobust.attacks.inputs import example_keys
 from jaxrobust.data import stored_images
 from jaxrobust.data.pairs import Pairs
+from jaxrobust.keys import example_keys
 from jaxrobust.safeclip import triggers
 from jaxrobust.safeclip.manifest import Manifest, Poison, record
 from jaxrobust.safeclip.templates import ATTACK, holds, prompts

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from jaxrobust import data, parallel
-from jaxrobust.attacks.inputs import check_steps, example_keys, fold
+from jaxrobust.attacks.inputs import check_steps
+from jaxrobust.keys import example_keys, fold
 from jaxrobust.models import Clip
 from jaxrobust.safeclip.agreement import agreement
 from jaxrobust.safeclip.steps import Views, caption_views

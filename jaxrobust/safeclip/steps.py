@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxrobust import losses, parallel
-from jaxrobust.attacks.inputs import fold
+from jaxrobust.keys import fold, numbered_keys
 from jaxrobust.models import Clip
 from jaxrobust.safeclip.pool import Pool, empty_pool, nearest, push
 from jaxrobust.safeclip.rates import Rate, rate
@@ -138,9 +138,7 @@ def training_step(
     one_view = kind in ("clip", "roclip", "roclip_plain")
 
     def step(state: TrainState, batch: dict, axis_name: str | None = None):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.fold_in(state.key, state.step), batch["index"]
-        )
+        keys = numbered_keys(jax.random.fold_in(state.key, state.step), batch["index"])
         images = _image_views(None if kind == "clip" else views, keys, batch["image"], kind)
         texts = caption_views(keys, batch["tokens"])
         if kind in ("clip", "cleanclip"):

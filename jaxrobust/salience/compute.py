@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrobust.attacks.inputs import check_steps, example_keys
+from jaxrobust.attacks.inputs import check_steps
 from jaxrobust.files import atomic_write
+from jaxrobust.keys import example_keys, numbered_keys
 
 Method = Callable[..., Array]
 Maps = Float[np.ndarray, "n h w 1"]
@@ -59,7 +60,7 @@ def compute(
             f"images must be [n, h, w, c] with labels [n], got {images.shape} and {labels.shape}"
         )
     if key is not None and indices is not None:
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
+        key = numbered_keys(key, indices)
     keys = None if key is None else example_keys(key, len(images))
     size = min(batch_size, max(len(images), 1))
     return _all_scores(method, apply, size, variables, images, labels, keys)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxrobust.attacks.inputs import example_keys
+from jaxrobust.keys import example_keys
 from jaxrobust.salience.maps import Maps, top_fraction
 
 

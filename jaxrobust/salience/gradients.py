@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxrobust.attacks.inputs import check_number, check_steps, example_keys, fold
+from jaxrobust.attacks.inputs import check_number, check_steps
 from jaxrobust.attacks.pgd import input_gradient
+from jaxrobust.keys import example_keys, fold
 
 Apply = Callable[..., Array]
 Images = Float[Array, "b h w c"]

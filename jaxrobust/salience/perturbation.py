@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrobust.attacks.inputs import check_steps, example_keys, fold
+from jaxrobust.attacks.inputs import check_steps
+from jaxrobust.keys import example_keys, fold
 from jaxrobust.salience.gradients import Apply, Images, Keys, Labels, Scores, label_logit
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxrobust import parallel
-from jaxrobust.attacks.inputs import fold
+from jaxrobust.keys import fold
 from jaxrobust.salience import rank_map, top_fraction
 from jaxrobust.salience.maps import check_area
 from jaxrobust.sipat.masking import Masking

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from jaxrobust import parallel
 from jaxrobust.attacks import inputs
+from jaxrobust.keys import example_keys
 
 LogitsFn = Callable[..., Array]
 
@@ -94,7 +95,7 @@ def noise(
     inputs.check_number("sigma", sigma, low=0)
     inputs.check_steps(samples, "samples")
     inputs.check_steps(start, "start", low=0)
-    keys = inputs.example_keys(key, shape[0])
+    keys = example_keys(key, shape[0])
     numbers = jnp.arange(start, start + samples)
     draw = jax.vmap(lambda k: _normal(jnp.broadcast_to(k, (samples,)), numbers, shape[1:]))
     return sigma * draw(keys)
@@ -212,7 +213,7 @@ def _checked(x, key, sigma, chunk, bounds):
     if chunk is not None:
         inputs.check_steps(chunk, "chunk")
     x = inputs.check_images(x, inputs.check_bounds(bounds))
-    return x, inputs.example_keys(key, x.shape[0]), chunk or _chunk_of(x.shape[1:])
+    return x, example_keys(key, x.shape[0]), chunk or _chunk_of(x.shape[1:])
 
 
 def _chunk_of(shape):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrobust import losses, smoothing
-from jaxrobust.attacks.inputs import check_number, check_steps, fold
+from jaxrobust.attacks.inputs import check_number, check_steps
+from jaxrobust.keys import fold
 from jaxrobust.training.objectives import (
     Objective,
     Schedule,

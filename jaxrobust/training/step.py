@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrobust import checkpoint, parallel
-from jaxrobust.attacks.inputs import fold
+from jaxrobust.keys import fold, numbered_keys
 from jaxrobust.models import AutoEncoder, Model
 from jaxrobust.training.objectives import Context, Objective
 from jaxrobust.training.state import TrainState
@@ -146,9 +146,7 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
     """(batch_stats, extra), this device's gradients, and metrics, after one part of the batch."""
     batch_stats, extra = carry
     images, labels, salience = batch["image"], batch["label"], batch.get("salience")
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.fold_in(state.key, state.step), batch["index"]
-    )
+    keys = numbered_keys(jax.random.fold_in(state.key, state.step), batch["index"])
     if augment is not None and salience is not None:
         images, salience = augment(fold(keys, _AUGMENT), images, salience)
     elif augment is not None:
