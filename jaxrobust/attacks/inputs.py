@@ -1,4 +1,4 @@
-"""Checks and randomness that every attack shares."""
+"""Checks that every attack shares."""
 
 import math
 from typing import Any
