@@ -2,7 +2,7 @@
 
 They are called as `attack(logits_fn, x, labels, key=None, mask=None, args=(), targets=None)` and
 return, per example, the adversarial closest to x that they met; x itself, bit for bit, where they
-met none or where nothing had to be done.
+met none or where nothing had to be done. `metrics.perturbation_norms` tells the two apart.
 """
 
 import functools
