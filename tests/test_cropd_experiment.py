@@ -251,6 +251,21 @@ def test_the_worst_case_is_compared_with_the_worst_case_alone(results):
     ]  # fmt: skip
 
 
+def test_a_larger_autoencoder_is_compared_with_the_larger_denoiser(results):
+    record = json.loads(results.read_text())
+    record["config"]["methods"]["ours"]["wide"] = True
+    problem = {**record["config"]["problems"]["emoji"], "wide": [[8], 2]}
+    record["config"]["problems"]["emoji"] = problem
+    results.write_text(json.dumps(record))
+    columns = plots_cropd.verdict(results).splitlines()[-1].split("|")
+    assert columns[2].strip() == "not run"
+    assert columns[-2].strip() == "0 / 2"
+    # A problem without a larger one has no such row, and lacks none.
+    record["config"]["problems"]["emoji"] = {**problem, "wide": None}
+    results.write_text(json.dumps(record))
+    assert "ours" not in plots_cropd.table(results)
+
+
 def test_unfinished_rows_are_compared_on_the_seeds_that_they_share(results):
     record = json.loads(results.read_text())
 
