@@ -59,6 +59,7 @@ METHODS = {
     "recommended_other_aim": Method(clean=0.0, denoising=1.0, attack="n_fgsm", aim="other"),
     "reported_lambda_1": Method(contrast=1.0),
     "reported_lambda_100": Method(contrast=100.0),
+    "reported_lambda_1000": Method(contrast=1000.0),
     "reported_tau_01": Method(contrast=10.0, temperature=0.1),
     "reported_tau_1": Method(contrast=10.0, temperature=1.0),
     "reported_small_code": Method(contrast=10.0, latent_channels=4),
