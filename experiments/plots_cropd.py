@@ -217,13 +217,15 @@ def frontier(path: Path) -> None:
     if not names:
         return
     figure, axes = panels(len(names))
+    judged_rows = {key for key, cells in rows.items() if all("robust_accuracy" in c for c in cells)}
     for axis, dataset in zip(axes, names, strict=True):
+        plain = not any(where == dataset for where, _ in judged_rows)
         for number, method in enumerate(config["methods"]):
             cells = rows.get((dataset, method), [])
             if not cells:
                 continue
             clean = [100 * c["clean_accuracy"] for c in cells]
-            judged = all("robust_accuracy" in c for c in cells)
+            judged = (dataset, method) in judged_rows
             robust = [
                 100 * (c["robust_accuracy"] if judged else c[f"pgd{steps}_accuracy"][1])
                 for c in cells
@@ -236,8 +238,12 @@ def frontier(path: Path) -> None:
                 "color": f"C{number % 10}",
             }
             style["fillstyle"] = "full" if judged else "none"
+            named = judged or plain
+            if not named:  # a sweep beside what was judged: where it lies says enough
+                style["color"] = "0.7"
             axis.errorbar(np.mean(clean), np.mean(robust), np.std(robust), np.std(clean), **style)
-            axis.annotate(method, (np.mean(clean), np.mean(robust)), fontsize=6)
+            if named:
+                axis.annotate(method, (np.mean(clean), np.mean(robust)), fontsize=6)
         axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=dataset)
         axis.grid(alpha=0.3)
     title = (

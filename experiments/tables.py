@@ -138,8 +138,8 @@ def salience_choice(path: Path) -> str:
 def preprocessor_choice(path: Path) -> str:
     """The rows that the text speaks of, data sets side by side."""
     methods = (
-        "none", "autoencoder", "gaussian_dae", "reported", "adversarial_reconstruction",
-        "recommended", "jpeg", "alf", "aff",
+        "none", "autoencoder", "gaussian_dae", "reported", "reported_lambda_100",
+        "adversarial_reconstruction", "recommended", "jpeg", "alf", "aff",
     )  # fmt: skip
     tables = {
         title.split(",")[0]: rows
