@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrobust"
 FLOORS = [
-    {"balls", "bisection", "files", "flops", "keys", "losses", "metrics", "parallel"},
+    {"balls", "bisection", "files", "flops", "identity", "keys", "losses", "metrics", "parallel"},
     {"attacks", "data", "models", "salience", "smoothing", "weights"},
     {"checkpoint", "evaluation", "training"},
     {"cropd", "safeclip", "selective", "sipat", "text"},

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxrobust import checkpoint, data, parallel
+from jaxrobust import checkpoint, data, identity, parallel
 from jaxrobust.data import stored_images
 from jaxrobust.data.stored_images import Images
 from jaxrobust.models import Clip
@@ -144,10 +144,10 @@ def fit(
             "pairs": len(images),
             "data": _identity(images, tokens),
             "network": clip.config,
-            "views": checkpoint.describe(views),
-            "splitter": checkpoint.describe(recipe.splitter),
-            "dtype": checkpoint.describe(dtype),
-            "start": None if start is None else checkpoint.digest(start),
+            "views": identity.describe(views),
+            "splitter": identity.describe(recipe.splitter),
+            "dtype": identity.describe(dtype),
+            "start": None if start is None else identity.digest(start),
             **recipe.numbers,
         },
     )
@@ -303,7 +303,7 @@ class _Saver:
         if not found:
             return state, trust, loop
         _, (state, trust), loop = found
-        checkpoint.check_same_run(self.folder, loop["settings"], self.settings)
+        identity.check_same_run(self.folder, loop["settings"], self.settings)
         self.earlier = loop["seconds"]
         return state, Trust(**{name: np.asarray(value) for name, value in trust.items()}), loop
 

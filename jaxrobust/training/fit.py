@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxrobust import checkpoint, data, parallel
+from jaxrobust import checkpoint, data, identity, parallel
 from jaxrobust.training.logging import metric_logger
 from jaxrobust.training.state import TrainState
 from jaxrobust.training.step import Step
@@ -131,8 +131,8 @@ def fit(
     best = jax.tree.map(np.asarray, variables) if validate else {}
     order = {
         "seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch,
-        "data": _identity(dataset), "settings": checkpoint.describe(dict(settings or {})),
-        "key": checkpoint.digest(jax.random.key_data(state.key.addressable_data(0))),
+        "data": _identity(dataset), "settings": identity.describe(dict(settings or {})),
+        "key": identity.digest(jax.random.key_data(state.key.addressable_data(0))),
         "step": getattr(step, "config", None),
     }  # fmt: skip
     loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
@@ -142,7 +142,7 @@ def fit(
         _, (state, best), loop = found
         # On the host, as it was: several processes can save no array that lies on one device.
         best = jax.tree.map(np.asarray, best)
-        checkpoint.check_same_run(folder / "checkpoint", loop.get("order", {}), order)
+        identity.check_same_run(folder / "checkpoint", loop.get("order", {}), order)
     position = int(state.step)
     if position > total:
         raise checkpoint.CheckpointError(
@@ -230,7 +230,7 @@ def _identity(dataset: data.Dataset | data.Source) -> str:
         return f"{len(dataset)} on disk"
     # Not the salience: maps may be made anew while a run goes on.
     columns = {name: getattr(dataset, name) for name in ("images", "labels", "indices")}
-    return f"{len(dataset.labels)} {checkpoint.digest(columns)[:16]}"
+    return f"{len(dataset.labels)} {identity.digest(columns)[:16]}"
 
 
 def _check_finite(metrics: Mapping[str, Any], position: int) -> None:

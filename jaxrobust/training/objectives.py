@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxrobust import checkpoint, losses, parallel
+from jaxrobust import identity, losses, parallel
 from jaxrobust.attacks.inputs import check_number
 
 PyTree = Any
@@ -76,7 +76,7 @@ def described(factory: Callable[_P, Objective]) -> Callable[_P, Objective]:
     def made(*args: _P.args, **options: _P.kwargs) -> Objective:
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
-        config = {"name": factory.__name__, **checkpoint.describe(dict(bound.arguments))}
+        config = {"name": factory.__name__, **identity.describe(dict(bound.arguments))}
         return factory(*args, **options)._replace(config=config)
 
     return made

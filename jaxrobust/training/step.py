@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrobust import checkpoint, parallel
+from jaxrobust import identity, parallel
 from jaxrobust.keys import fold, numbered_keys
 from jaxrobust.models import AutoEncoder, Model
 from jaxrobust.training.objectives import Context, Objective
@@ -88,7 +88,7 @@ def train_step(
         metrics = {**measured, **found.reported, "gradient_norm": optax.tree.norm(gradients)}
         return _update(optimizer, ema_decay, frozen, state, carry, gradients), metrics
 
-    step.config = checkpoint.describe(
+    step.config = identity.describe(
         {
             "model": model, "objective": objective.config, "augment": augment,
             "accumulate": accumulate, "dtype": dtype and jnp.dtype(dtype).name,
