@@ -14,7 +14,7 @@ from experiments import common
 from experiments.cropd_settings import Built, Config, World
 from jaxrobust import attacks, cropd, models, smoothing
 
-RADII = (0.0, 0.05, 0.1, 0.2, 0.3)
+RADII = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 
 
 class Attack(NamedTuple):
@@ -69,17 +69,22 @@ def evaluate(
     )  # fmt: skip
     bare = near.get("none", built)
     blind = in_batches(against(bare, attack), few, np.arange(len(few.labels)), config, mesh, 18)
+    blinded = correct(blind, few.labels)
     found = {
         "clean_accuracy": float(correct(world.test.images, world.test.labels).mean()),
         "grid": list(grid[1:]),
         f"pgd{config.pgd_steps}_accuracy": [float(part) for part in curve[1:].mean(1)],
-        "nonadaptive_accuracy": float(correct(blind, few.labels).mean()),
+        "nonadaptive_accuracy": float(blinded.mean()),
         "images": len(few.labels),
         "outcomes": common.packed(curve),  # clean, then over the grid
     }
     sigma = config.methods[key["method"]].sigma
     if sigma:
         found |= certified(model, variables, few, sigma, config, mesh)
+    if model.config["preprocessor"] and "none" in near:
+        found["swap_in_accuracy"] = swapped_in(
+            model, variables, bare, few, world, attack, config, mesh
+        )
     if has_code(model):
         report = cropd.bound_report(
             model, variables, few.images, few.labels, attack=attack, key=jax.random.key(21),
@@ -87,12 +92,25 @@ def evaluate(
         )  # fmt: skip
         found["bound"] = report.means
     if world.problem.judged and key["method"] in config.final:
-        found |= worst_case(config, world, built, near, attack, folder, mesh)
+        tried = {"pgd": curve[grid.index(eps)], "non-adaptive": blinded}
+        found |= worst_case(config, world, built, near, attack, tried, folder, mesh)
     return found
 
 
-def worst_case(config, world, built, near, attack, folder, mesh) -> dict[str, Any]:
-    """The standard suite, then what knows the defence, on whatever still stands."""
+def swapped_in(model, variables, bare, few, world, attack, config, mesh) -> list[float]:
+    """Clean and PGD accuracy with the head that was fitted to the bare model's features."""
+    parts = {name: models.part(variables, name) for name in ("preprocessor", "foundation")}
+    whole = models.join(**parts, head=models.part(bare.variables, "head"))
+    correct = partial(jr.evaluation.correct, model.apply, whole, batch_size=config.batch, mesh=mesh)
+    attacked = correct(few.images, few.labels, attack=attack, key=jax.random.key(23))
+    return [float(correct(world.test.images, world.test.labels).mean()), float(attacked.mean())]
+
+
+def worst_case(config, world, built, near, attack, tried, folder, mesh) -> dict[str, Any]:
+    """The standard suite, what was `tried` before, and then what knows the defence.
+
+    Each on whatever still stands; `tried` holds the outcomes [n] of earlier attacks, by name.
+    """
     model, variables, _ = built
     few, eps = world.test.take(slice(config.attacked_images)), world.problem.eps
     suite = common.suite_of(config.queries, config.suite_steps, config.suite_targets)
@@ -104,6 +122,9 @@ def worst_case(config, world, built, near, attack, folder, mesh) -> dict[str, An
     threat = report.threats["linf"]
     standing = np.array(threat.robust, bool)
     after = {**threat.stages}
+    for name, stood in tried.items():
+        standing &= stood
+        after[name] = float(standing.mean())
     for number, found in enumerate(adaptive(world, built, near, attack, few), 20):
         rows = np.flatnonzero(standing)
         if len(rows):

@@ -63,6 +63,7 @@ METHODS = {
     "reported_tau_01": Method(contrast=10.0, temperature=0.1),
     "reported_tau_1": Method(contrast=10.0, temperature=1.0),
     "reported_small_code": Method(contrast=10.0, latent_channels=4),
+    "reported_large_code": Method(contrast=10.0, latent_channels=64),
 }
 # Rows that AutoAttack judges; the others are swept by PGD.
 FINAL = (
@@ -70,8 +71,10 @@ FINAL = (
     "adversarial_reconstruction", "adversarial_alignment", "recommended", "jpeg",
     "total_variation", "alf", "aff", "gaussian_dae_wide", "recommended_wide",
 )  # fmt: skip
+CERTIFIED = tuple(name for name, method in METHODS.items() if method.sigma)
 # What does not differ by seed, sweeps, and the set where nothing holds.
-SINGLE = ("jpeg", "total_variation", *(name for name in METHODS if name not in FINAL), "cutouts")
+SWEPT = tuple(name for name in METHODS if name not in (*FINAL, *CERTIFIED))
+SINGLE = ("jpeg", "total_variation", *SWEPT, "cutouts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -100,12 +100,15 @@ def columns(cells: list[dict], steps: int) -> dict[str, str]:
     pgd = [found[1] for found in of(f"pgd{steps}_accuracy")]
     robust, flops, seconds = of("robust_accuracy"), of("train_flops"), of("train_seconds")
     alarms = sorted({flag for flags in of("card_flags") for flag in flags})
-    parameters = of("parameters")
+    parameters, swapped = of("parameters"), of("swap_in_accuracy")
     return {
         "clean %": spread(of("clean_accuracy")),
         f"PGD-{steps} %": spread(pgd),
         "worst case %": spread(robust) if robust else "not run",
         "non-adaptive % (says nothing)": spread(of("nonadaptive_accuracy")),
+        "with the bare model's head: clean, PGD %": (
+            " / ".join(spread(column) for column in zip(*swapped, strict=True)) if swapped else ""
+        ),
         "alarms": ", ".join(alarms) if of("card_flags") else "not run",
         "training TFLOP": f"{np.median(flops) / 1e12:.1f}" if flops else "0",
         "s": f"{np.median(seconds):.0f}" if seconds else "",

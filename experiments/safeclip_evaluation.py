@@ -139,6 +139,7 @@ def probe(world: World, clean: Pairs, variables: dict) -> dict[str, float]:
     accuracy = metrics.linear_probe(
         world.images(variables, world.shown.images), world.shown.labels,
         world.images(variables, clean.images), clean.labels, len(clean.class_names), decay=1e-2,
+        scale="each",
     )  # fmt: skip
     return {"linear_probe": accuracy}
 

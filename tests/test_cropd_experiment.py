@@ -161,9 +161,11 @@ def test_the_worst_case_is_over_the_suite_and_all_that_know_the_defence(
     report = SimpleNamespace(threats={"linf": threat})
     monkeypatch.setattr(cropd_evaluation.jr, "evaluate", lambda *_, **__: report)
     monkeypatch.setattr(cropd_evaluation, "in_batches", in_batches)
-    found = cropd_evaluation.worst_case(CONFIG, world, ours, near, ATTACK, tmp_path, MESH)
+    tried = {"pgd": np.arange(COUNT) != 1}  # and one that PGD broke
+    found = cropd_evaluation.worst_case(CONFIG, world, ours, near, ATTACK, tried, tmp_path, MESH)
 
-    expected, rest = stood.copy(), list(seen)
+    expected, rest = stood & tried["pgd"], list(seen)
+    assert found["accuracy_after"]["pgd"] == expected.mean() < stood.mean()
     monkeypatch.undo()
     for number, one in enumerate(cropd_evaluation.adaptive(world, ours, near, ATTACK, test), 20):
         if expected.any():
@@ -291,7 +293,7 @@ def test_the_table_says_what_was_not_run(results):
     record["cells"] = [one for one in record["cells"] if one["key"]["method"] != "aff"]
     results.write_text(json.dumps(record))
     lines = plots_cropd.table(results).splitlines()
-    assert lines[-1] == "| aff |" + 9 * " not run |"
+    assert lines[-1] == "| aff |" + 10 * " not run |"
     assert "37.5 ± 0.0" in lines[-2]
     rows, missing, verdict = plots_cropd.readme_table(results).split("\n\n")
     assert missing == "Not run there: aff."
@@ -389,7 +391,16 @@ def test_every_kind_of_row_is_built_and_judged_from_nothing(kind, tmp_path):
     near = experiment.neighbours(key, config, world, options)
     assert list(near) == ["none"]
     found = cropd_evaluation.evaluate(key, config, world, made, near, tmp_path / "suite", MESH)
-    assert found["robust_accuracy"] <= found["pgd1_accuracy"][1] + 1e-9 <= 1
+    lowest = min(found["pgd1_accuracy"][1], found["nonadaptive_accuracy"])
+    assert found["robust_accuracy"] <= lowest + 1e-9 <= 1
+    fronted = kind not in ("alf", "aff")
+    assert ("swap_in_accuracy" in found) == fronted
+    if fronted:
+        bare = models.part(near["none"].variables, "head")
+        ours = {name: models.part(made.variables, name) for name in ("preprocessor", "foundation")}
+        swapped = models.join(**ours, head=bare)
+        right = jr.evaluation.correct(made.model.apply, swapped, TEST.images, TEST.labels)
+        assert found["swap_in_accuracy"][0] == right.mean() >= found["swap_in_accuracy"][1]
     assert ("certified_accuracy" in found) == (kind == "denoiser")
     assert ("bound" in found) == (kind in ("denoiser", "reported"))
 

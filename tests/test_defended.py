@@ -218,18 +218,49 @@ def test_features_are_the_same_on_any_number_of_devices(variables, devices):
     np.testing.assert_allclose(found, by_hand(variables, IMAGES)[1], rtol=1e-4, atol=1e-6)
 
 
-def test_the_fitted_head_is_the_optimum_that_scikit_learn_finds():
+@pytest.mark.parametrize("scale", ["all", "each"])
+def test_the_fitted_head_is_the_optimum_that_scikit_learn_finds(scale):
     drawn = RANDOM.normal(size=(90, 5))
     features = drawn * [1, 10, 0.1, 1, 0] + 3
     labels = (drawn[:, :3] + RANDOM.normal(size=(90, 3))).argmax(1)
     decay = 1e-2
-    head = cropd.fit_head(features, labels, 3, decay=decay)["params"]
-    spread = np.where(features.std(0) > 0, features.std(0), 1)
-    standard = (features - features.mean(0)) / spread
+    head = cropd.fit_head(features, labels, 3, decay=decay, scale=scale)["params"]
+    spread = features.std(0)
+    spread = np.where(spread > 0, spread, 1) if scale == "each" else np.sqrt((spread**2).mean())
+    scaled = (features - features.mean(0)) / spread
     theirs = LogisticRegression(C=1 / (len(labels) * decay), tol=1e-8, max_iter=5000)
-    theirs.fit(standard, labels)
+    theirs.fit(scaled, labels)
     p = jax.nn.softmax(np.float32(features) @ head["kernel"] + head["bias"])
-    np.testing.assert_allclose(p, theirs.predict_proba(standard), atol=2e-3)
+    np.testing.assert_allclose(p, theirs.predict_proba(scaled), atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", ["all", "each"])
+@pytest.mark.parametrize("value", [3.0, 0.1, 1e-3])
+def test_a_constant_feature_has_no_weight_to_speak_of(scale, value):
+    features = RANDOM.normal(size=(90, 3))
+    labels = features.argmax(1)
+    features[:, 2] = value
+    kernel = cropd.fit_head(features, labels, 3, decay=1e-2, scale=scale)["params"]["kernel"]
+    assert np.abs(kernel[2]).max() < 1e-3 < np.abs(kernel[0]).max()
+
+
+def test_a_feature_that_moved_once_gets_no_weight_of_its_own_unless_asked():
+    features = RANDOM.normal(size=(90, 3))
+    labels = features.argmax(1)
+    features[:, 2] = 0
+    features[np.flatnonzero(labels == 2)[0], 2] = 1e-4
+    size = {
+        scale: np.abs(cropd.fit_head(features, labels, 3, scale=scale)["params"]["kernel"][2]).max()
+        for scale in ("all", "each")
+    }
+    assert size["all"] < 1 < 100 < size["each"]
+
+
+def test_the_unit_of_all_features_does_not_matter():
+    features = RANDOM.normal(size=(60, 4))
+    labels = features[:, :3].argmax(1)
+    one, two = (cropd.fit_head(features * unit, labels, 3)["params"] for unit in (1, 1000))
+    np.testing.assert_allclose(one["kernel"], 1000 * two["kernel"], rtol=1e-2, atol=1e-3)
 
 
 def test_a_head_is_refused_what_does_not_fit():
@@ -240,10 +271,12 @@ def test_a_head_is_refused_what_does_not_fit():
         ("decay must be", (*good, 2)),
         ("features must be finite, 8 are not", (good[0] + np.nan, good[1], 2)),
         ("classes must be", (*good, 0)),
+        ("scale must be one of", (*good, 2)),
     ):
-        decay = {"decay": 0.0} if "decay" in message else {}
+        options = {"decay": 0.0} if "decay" in message else {}
+        options |= {"scale": "none"} if "scale" in message else {}
         with pytest.raises(ValueError, match=message):
-            cropd.fit_head(*arguments, **decay)
+            cropd.fit_head(*arguments, **options)
 
 
 def test_a_head_that_is_not_at_its_optimum_says_so_and_another_compiles_nothing():
