@@ -251,3 +251,23 @@ def test_mixed_dtypes_are_refused():
     x, kernel = draw((1, 6, 6, 4), (3, 3, 4, 4))
     with pytest.raises(ValueError, match="dtype of x"):
         conv2d(x, kernel.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_products_have_the_precision_of_where_they_were_called(platform):
+    x, kernel = draw((1, 6, 6, 3), (3, 3, 3, 5))
+
+    def lowered(f):
+        gradients = jax.jit(jax.grad(lambda *a: jnp.sum(f(*a) ** 2), (0, 1)))
+        # Lowered outside the context that `f` was traced in.
+        return gradients.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+
+    def within(x, kernel):
+        with jax.default_matmul_precision("highest"):
+            return conv2d(x, kernel)
+
+    for f in (within, lambda x, kernel: conv2d(x, kernel, precision="highest")):
+        text = lowered(f)
+        assert text.count("HIGHEST") >= 6  # two operands of three convolutions
+        assert "precision DEFAULT" not in text
+    assert "HIGHEST" not in lowered(conv2d)

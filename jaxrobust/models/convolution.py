@@ -29,6 +29,7 @@ def conv2d(
     stride: int | tuple[int, int] = 1,
     padding: str | int | Sequence[tuple[int, int]] = "SAME",
     groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "b oh ow co"]:
     """Two-dimensional cross-correlation, NHWC images with an HWIO kernel.
 
@@ -41,6 +42,8 @@ def conv2d(
         stride: steps along height and width, >= 1.
         padding: "SAME", "VALID", one number for all four sides, or ((top, bottom), (left, right)).
         groups: input and output channels are split into as many independent convolutions.
+        precision: of the products on accelerators, as in `jax.lax.conv_general_dilated`; None is
+            what `jax.default_matmul_precision` says where this is called.
 
     Returns:
         [b, oh, ow, co] in the dtype of `x`.
@@ -64,9 +67,12 @@ def conv2d(
         raise ValueError(f"padding must leave an output, got {padding} for {x.shape[1:3]} images")
     x, kernel = _equally_varying(x, kernel)
     shapes = (x.shape, kernel.shape, (x.shape[0], *out, kernel.shape[3]))
+    # Read here, as JAX's own products do: the context may be left before the program is lowered.
+    precision = precision or jax.config.jax_default_matmul_precision or "default"
     return conv2d_p.bind(
-        x, kernel, solve="y", shapes=shapes, strides=strides, pads=pads, groups=groups
-    )
+        x, kernel, solve="y", shapes=shapes, strides=strides, pads=pads, groups=groups,
+        precision=precision,
+    )  # fmt: skip
 
 
 def _check(x, kernel, strides, groups):
@@ -96,7 +102,7 @@ def _equally_varying(*arrays):
 # ("w": x, y). `shapes` are those of (x, w, y).
 
 conv2d_p = Primitive("jaxrobust_conv2d")
-_STATIC = ("solve", "shapes", "strides", "pads", "groups")
+_STATIC = ("solve", "shapes", "strides", "pads", "groups", "precision")
 _OPERANDS = {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}
 
 

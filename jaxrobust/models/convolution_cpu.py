@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def solve_on_cpu(first, second, *, solve, shapes, strides, pads, groups):
+def solve_on_cpu(first, second, *, solve, shapes, strides, pads, groups, precision):
     """One of (x, w, y) from the other two; bfloat16 has no fast kernels on CPUs."""
+    del precision  # CPUs multiply float32 as it is
     wide = jnp.promote_types(first.dtype, jnp.float32)
     a, b = first.astype(wide), second.astype(wide)
     if _folding_pays(solve, shapes, strides, groups):
@@ -26,12 +27,12 @@ def solve_on_cpu(first, second, *, solve, shapes, strides, pads, groups):
     return out.astype(first.dtype)
 
 
-def direct(x, w, strides, pads, groups):
+def direct(x, w, strides, pads, groups, precision=None):
     """XLA's convolution."""
-    numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
-        x, w, strides, pads, dimension_numbers=numbers, feature_group_count=groups
-    )
+        x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups, precision=precision,
+    )  # fmt: skip
 
 
 def _forward(x, w, strides, pads, groups):
