@@ -231,6 +231,7 @@ def train(key: dict, whole: Config, sets: dict, options, model) -> training.Fitt
         objective,
         augment=augmentation(config),
         dtype=jnp.bfloat16 if config.bfloat16 else None,
+        attack_dtype=jnp.bfloat16 if config.bfloat16 else None,
         ema_decay=config.ema_decay,
     )
     return training.fit(
@@ -256,16 +257,17 @@ def validation(model, key, config, sets):
         return None
     held_out = sets["validation"]
     attack = jr.pgd(key["threat"], key["eps"], steps=10)
+    mesh = jr.parallel.data_mesh(jax.local_devices())
 
     def validate(variables):
-        variables = jax.tree.map(np.asarray, variables)
         right = jr.evaluation.correct(
             model.apply,
-            variables,
+            jr.parallel.replicate(variables, mesh),
             held_out.images,
             held_out.labels,
             attack=attack,
             key=jax.random.key(0),
+            mesh=mesh,
         )
         return {"score": right.mean()}
 

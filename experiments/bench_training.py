@@ -77,7 +77,7 @@ PRESETS = {
 
 
 def our_step(
-    name: str, config: Config, batch_size: int, devices: int, mapping: str, loop: str, dtype=None
+    name: str, config: Config, batch_size: int, devices: int, mapping: str, loop: str, **dtypes
 ) -> Callable[[], Any]:
     """A function that takes one of our training steps and waits for it."""
     build, shape = MODELS[name]
@@ -87,7 +87,7 @@ def our_step(
     state = jr.parallel.create(
         lambda: training.create_state(model, optimizer, jax.random.key(0), shape), mesh
     )
-    step = training.train_step(model, optimizer, training.adversarial(attack), dtype=dtype)
+    step = training.train_step(model, optimizer, training.adversarial(attack), **dtypes)
     run = jr.parallel.data_parallel(step, mesh, mapping=mapping)
     batch = jr.parallel.shard_batch(batch_of(shape, batch_size), mesh)
 
@@ -144,7 +144,7 @@ def runners(name: str, config: Config) -> dict[str, Callable[[], Any]]:
         runs[label] = our_step(name, config, size, most, mapping, "auto")
     if config.bfloat16:
         runs["jaxrobust jit, 1 device, bfloat16"] = our_step(
-            name, config, size, 1, "jit", "auto", jnp.bfloat16
+            name, config, size, 1, "jit", "auto", dtype=jnp.bfloat16, attack_dtype=jnp.bfloat16
         )
     if config.peers:
         try:
@@ -270,6 +270,8 @@ def main(config: Config, options) -> None:
                 f"{rate:7.1f} GFLOP/s  first {figures['first_seconds']:.1f} s",
                 flush=True,
             )
+        if jax.default_backend() != "cpu":
+            continue  # what is measured next is the host's memory
         peers = ("torch",) if config.peers and importlib.util.find_spec("torch") else ()
         for library in ("jaxrobust", *peers):
             memory = memory_in_own_process(name, options.preset, library)

@@ -1,15 +1,20 @@
 """The same networks and attacks in PyTorch, by hand, as a fair opponent for the benchmarks.
 
 Weights come from our variables, so both sides compute the same function. Inputs of the modules are
-NCHW. Attacks freeze the parameters, so that no time is lost on their gradients.
+NCHW. Attacks freeze the parameters, so that no time is lost on their gradients. Nothing here is put
+on an accelerator: to import it where JAX has one is an error.
 """
 
 import itertools
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if jax.default_backend() != "cpu":
+    raise ImportError(f"the PyTorch twins run on the CPU, JAX here on a {jax.default_backend()}")
 
 
 def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:

@@ -68,9 +68,9 @@ def save(
             one, or a step that is not older. Nothing is written or deleted then.
         TypeError: a leaf of `state` is not an array or of 64 bits where JAX has 32, or `loop` is
             not JSON (tuples come back as lists).
-        ValueError: `step` < 0 or `keep` < 1.
+        ValueError: `step` < 0, `keep` < 1, or `directory` is the address of a bucket.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = _local(directory)
     leaves = _named_leaves(state)
     loop = _checked_loop(loop)
     if step < 0:
@@ -118,8 +118,9 @@ def restore(
     Raises:
         CheckpointError: the newest checkpoint is damaged, is of another model than `like`, or
             `directory` holds something else. Nothing is changed on disk.
+        ValueError: `directory` is the address of a bucket.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = _local(directory)
     steps = _steps(directory)
     if not steps:
         return None
@@ -136,8 +137,19 @@ def restore(
 
 def latest_step(directory: str | os.PathLike) -> int | None:
     """Return the newest finished step in `directory`, or None; reads names alone."""
-    steps = _steps(Path(os.path.abspath(directory)))
+    steps = _steps(_local(directory))
     return steps[-1] if steps else None
+
+
+def _local(directory: str | os.PathLike) -> Path:
+    """The absolute path; an address such as gs://bucket would become a folder on every host."""
+    # One slash is what is left of two once it was a `Path`.
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", os.fspath(directory)):
+        raise ValueError(
+            "directory must lie in a file system that all hosts share, such as a mounted bucket, "
+            f"got {os.fspath(directory)!r}"
+        )
+    return Path(os.path.abspath(directory))
 
 
 def _steps(directory: Path) -> list[int]:

@@ -78,6 +78,16 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) for option, value in _KEEP.items())
 
 
+def exact_products() -> bool:
+    """Whether products of float32 arrays are products of float32 numbers.
+
+    On CPUs they are. GPUs round the factors to TF32 (three decimal digits) and TPUs to bfloat16
+    (two), unless `jax.default_matmul_precision` says "highest" around the call or inside of it.
+    """
+    wanted = jax.config.jax_default_matmul_precision
+    return wanted in ("highest", "float32") or jax.default_backend() == "cpu"
+
+
 def data_mesh(devices: int | Sequence[jax.Device] | None = None) -> Mesh:
     """A one-dimensional mesh whose axis, "data", splits the batch.
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import jaxrobust as jr
-from jaxrobust import attacks, balls, evaluation
+from jaxrobust import attacks, balls, evaluation, parallel
 from jaxrobust.attacks import scheduler
+from jaxrobust.evaluation import ledger
 from jaxrobust.files import CheckpointError
 from tests.test_apgd import BATCH, KEY, LABELS, X, logits_fn
 
@@ -418,3 +419,23 @@ def test_slots_are_refilled_while_others_go_on():
     )
     moved = np.asarray((alone != X).any((1, 2, 3)))
     assert [flags[i] for i in range(20)] == moved[:20].tolist()
+
+
+def test_an_evaluation_with_rounded_products_says_so(monkeypatch):
+    chosen = {"apgd-ce": small_suite()["apgd-ce"]}
+
+    def notes():
+        return run(chosen=chosen).notes
+
+    assert not [note for note in notes() if "rounded" in note]
+    monkeypatch.setattr(parallel, "exact_products", lambda: False)
+    assert [note for note in notes() if 'default_matmul_precision("highest")' in note]
+
+
+def test_logits_of_rounded_products_may_differ_more(monkeypatch):
+    ours = np.array([[1.0, -2.0], [0.5, 3.0]])
+    assert ledger.same_logits(ours * (1 + 1e-4), ours)
+    assert not ledger.same_logits(ours * (1 + 5e-3), ours)
+    monkeypatch.setattr(parallel, "exact_products", lambda: False)
+    assert ledger.same_logits(ours * (1 + 5e-3), ours)
+    assert not ledger.same_logits(ours * 1.1, ours)

@@ -293,6 +293,19 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changes,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/run", Path("gs://bucket/run")])
+def test_a_bucket_is_no_folder(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: save(address, 1, small_state()),
+        lambda: restore(address, small_state()),
+        lambda: latest_step(address),
+    ):
+        with pytest.raises(ValueError, match=r"directory must lie in a file system .* got 'gs:/"):
+            call()
+    assert os.listdir(tmp_path) == []
+
+
 # ---- kills --------------------------------------------------------------------------------------
 
 

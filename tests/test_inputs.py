@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrobust import attacks
-from jaxrobust.attacks import inputs
+from jaxrobust.attacks import box, inputs
 from jaxrobust.keys import example_keys, threefry
 
 BATCH, IMAGE = 6, (4, 3, 2)
@@ -94,3 +94,12 @@ def test_numbers_inside_empty_and_traced_ones_pass():
         inputs.check_number("share", value, low=0, high=1)
     jax.jit(lambda v: inputs.check_number("share", v, low=0, high=1))(2.0)
     inputs.check_number("share", np.inf, low=0, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_rounded_even_if_the_compiler_drops_the_cast(dtype):
+    values = jnp.linspace(0, 1, 1001)
+    rounded = jax.jit(lambda v: box.rounded(v, dtype))
+    np.testing.assert_array_equal(rounded(values), values.astype(dtype))
+    assert "reduce-precision" in rounded.lower(values).as_text("hlo")
+    assert box.rounded(values, values.dtype) is values

@@ -391,3 +391,21 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
                 numbers = {name: value for name, value in other.items() if name != "fallback"}
                 assert entry == pytest.approx(numbers, rel=1e-5)
             assert safe == one.trust.safe.tolist()
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "exact"),
+    [
+        ("cpu", None, True),
+        ("gpu", None, False),
+        ("tpu", "tensorfloat32", False),
+        ("tpu", "highest", True),
+        ("gpu", "float32", True),
+    ],
+)
+def test_products_are_exact_on_cpus_and_where_it_is_asked_for(
+    backend, precision, exact, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with jax.default_matmul_precision(precision):
+        assert parallel.exact_products() == exact

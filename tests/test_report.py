@@ -142,6 +142,7 @@ def test_a_report_says_what_it_takes_to_get_it_again(found):
     assert stored["versions"]["jax"] == jax.__version__
     assert stored["versions"]["jaxrobust"] == jr.__version__
     assert "cpu" in stored["device"]
+    assert stored["precision"] == "default"
     suite = short("l2", THREATS["l2"], (0.0, 1.0))
     assert stored["threats"]["l2"]["attacks"] == {name: repr(a) for name, a in suite.items()}
 

@@ -264,6 +264,23 @@ def test_bfloat16_trains_like_float32_while_the_attack_stays_float32():
     assert_close(half.params, full.params, atol=0.02)
 
 
+def test_the_network_in_an_attack_may_compute_in_bfloat16():
+    half, half_history = run_steps("none", adversarial(ATTACK), attack_dtype=jnp.bfloat16)
+    full, full_history = run_steps("none", adversarial(ATTACK))
+    difference = [a["loss"] - b["loss"] for a, b in zip(half_history, full_history, strict=True)]
+    assert 0 < np.abs(difference).max() < 0.02
+    assert_close(half.params, full.params, atol=0.02)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half.params))
+
+
+def test_inference_in_bfloat16_is_float32_but_for_its_rounding():
+    variables = BATCH_NORM.init(jax.random.key(0), SHAPE)
+    x = jax.random.uniform(jax.random.key(1), (3, *SHAPE))
+    half, full = (BATCH_NORM.apply(variables, x, dtype=dtype) for dtype in (jnp.bfloat16, None))
+    assert half.dtype == full.dtype == jnp.float32
+    assert 0 < np.abs(half - full).max() < 0.03 * np.abs(full).max()
+
+
 def test_the_state_is_arrays_only_and_no_buffer_is_held_twice():
     objective = guarded_n_fgsm(attacks.n_fgsm(0.1), ATTACK)
     optimizer = optax.adam(1e-3)
@@ -354,6 +371,7 @@ def test_an_attack_is_no_objective():
 def test_a_step_says_what_it_was_made_of():
     objective = with_awp(trades(ATTACK, 5.0), 0.01)
     config = train_step(PLAIN, sgd(0.1), objective, augment=CROP, dtype=jnp.bfloat16).config
+    assert config["attack_dtype"] is None
     assert config == json.loads(json.dumps(config))
     assert config["model"]["name"] == "small_cnn"
     assert config["objective"]["gamma"] == 0.01

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 
@@ -10,11 +11,22 @@ def room(x: Array, bounds: tuple[float, float]) -> tuple[Array, Array]:
     return jnp.minimum(bounds[0] - x, 0), jnp.maximum(bounds[1] - x, 0)
 
 
+def rounded(values: Array, dtype: DTypeLike) -> Array:
+    """Values of another type, rounded even where a compiler would leave the detour out.
+
+    Float32 that goes through half precision and back inside one program may keep all its bits.
+    """
+    if values.dtype == dtype:
+        return values
+    kept = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(values, kept.nexp, kept.nmant).astype(dtype)
+
+
 @jax.jit(static_argnums=3)
 def finish(x: Array, delta: Array, eps: Array, bounds: tuple[float, float]) -> Array:
     """X + delta in x's own precision, never further from x than delta and the box say."""
     base = x.astype(delta.dtype)
-    x_adv = (base + delta).astype(x.dtype)
+    x_adv = rounded(base + delta, x.dtype)
     if x.dtype != delta.dtype:
         # Rounding to fewer bits may leave ball or box: then go one number back towards x.
         too_far = jnp.abs(x_adv.astype(delta.dtype) - base) > jnp.abs(delta)

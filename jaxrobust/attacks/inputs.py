@@ -201,7 +201,7 @@ def _ends(name, value):
 
 def _range(x):
     with jax.ensure_compile_time_eval():
-        return tuple(v.item() for v in _extremes(x))
+        return tuple(v.item() for v in jax.device_get(_extremes(x)))
 
 
 @jax.jit

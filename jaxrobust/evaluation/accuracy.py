@@ -67,7 +67,7 @@ def correct(
     keys = None if attack is None else example_keys(key, count)
     place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
     right = []
-    variables = parallel.replicate(variables, mesh) if mesh else variables
+    variables = parallel.replicate(variables, mesh)  # once, not with every batch
     batches = list(parallel.filled(np.arange(count), batch_size))
     for rows in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
         x, y, free = place((images[rows], labels[rows], None if mask is None else mask[rows]))
@@ -127,7 +127,7 @@ def accuracy_curve(
     batch_size = _batch_size(batch_size, count, mesh.size if mesh else 1)
     keys = example_keys(key, count)
     place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
-    variables = parallel.replicate(variables, mesh) if mesh else variables
+    variables = parallel.replicate(variables, mesh)  # once, not with every batch
     standing = correct(
         apply, variables, images, labels, batch_size=batch_size, mesh=mesh, bounds=bounds
     )

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrobust import balls
+from jaxrobust import balls, parallel
 from jaxrobust.attacks import inputs
 from jaxrobust.attacks.apgd import ClassifierAPGD, apgd_ce, apgd_dlr, apgd_t
 from jaxrobust.attacks.fab import fab, fab_t
@@ -251,6 +251,11 @@ def _flags(task, chosen, logits, broken_by) -> Iterator[str]:
 
 
 def _notes(chosen, classes, draws):
+    if not parallel.exact_products():
+        yield (
+            "float32 products are rounded on this device: run under "
+            'jax.default_matmul_precision("highest") for figures that CPUs repeat'
+        )
     if draws:
         yield (
             f"random model: an image counts as right where most of {draws} draws are, before an "

@@ -141,6 +141,7 @@ def evaluate(
         bounds=tuple(float(bound) for bound in bounds),
         versions=_versions(),
         device=_device(mesh),
+        precision=str(jax.config.jax_default_matmul_precision or "default"),
     )
     if folder is not None:
         report.save(folder / "report.json")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrobust import parallel
 from jaxrobust.files import CheckpointError, atomic_write
 
 HOLDS, CLEAN = "", "clean"
@@ -168,7 +169,9 @@ def same_logits(theirs: np.ndarray, ours: np.ndarray) -> bool:
     if theirs.shape != ours.shape:
         return False
     scale = np.abs(ours).max(initial=0)
-    return bool(np.allclose(theirs, ours, rtol=1e-3, atol=1e-4 * scale))
+    # Products of rounded factors depend on the kernel that a device happens to choose.
+    room = 1 if parallel.exact_products() else 30
+    return bool(np.allclose(theirs, ours, rtol=1e-3 * room, atol=1e-4 * room * scale))
 
 
 def _mean(flags: Any) -> float:

@@ -82,6 +82,8 @@ class Report:
         bounds: the box of the images.
         versions: of jaxrobust, jax and numpy.
         device: how many of which.
+        precision: of float32 products, as `jax.default_matmul_precision`; "default" is rounded on
+            GPUs and TPUs.
     """
 
     images: int
@@ -94,6 +96,7 @@ class Report:
     bounds: tuple[float, float]
     versions: dict[str, str]
     device: str
+    precision: str
 
     @property
     def corruption_accuracy(self) -> float | None:
@@ -124,6 +127,7 @@ class Report:
             "bounds": self.bounds,
             "versions": self.versions,
             "device": self.device,
+            "precision": self.precision,
             "clean_accuracy": self.clean,
             "robust_accuracy": self.worst_case,
             "corruptions_acc": self.corruption_accuracy,
@@ -195,7 +199,7 @@ class Report:
             )
         lines.append(
             ", ".join(f"{name} {version}" for name, version in self.versions.items())
-            + f", on {self.device}, key {self.key['data']}"
+            + f", on {self.device}, {self.precision} precision, key {self.key['data']}"
         )
         return "\n".join(lines)
 

@@ -110,7 +110,7 @@ def task_of(
     slots, draws = _slots(batch_size, mesh), draws.pop()
     rows = scheduler.fitting(slots, len(images), mesh)
     args = inputs.check_args(args)
-    args = parallel.replicate(args, mesh) if mesh else args
+    args = parallel.replicate(args, mesh)
     classes = given.class_count(logits_fn, images.shape[1:], args, draws=draws, rows=rows)
     inputs.check_labels(labels, len(labels), classes)
     return Task(logits_fn, images, labels, keys, args, classes, draws, slots, mesh)

@@ -31,8 +31,8 @@ class AutoEncoder(NamedTuple):
 
     Attributes:
         init: (key, shape=None) -> variables; shape, if given, must be the one it was built for.
-        apply: (variables, x, taps=(), perturbations=None) -> [b, h, w, c] reconstruction in [0, 1],
-            with the tap "latent" among others. Inference mode.
+        apply: (variables, x, taps=(), perturbations=None, dtype=None) -> [b, h, w, c]
+            reconstruction in [0, 1], with the tap "latent" among others. Inference mode.
         train: as `Model.train`, the reconstruction in place of the logits.
         config: JSON-able; `models.build(**config)` makes the same auto-encoder again.
         encode: (variables, x) -> latent, [b, d] or [b, h', w', latent_channels]. Inference mode.

@@ -136,7 +136,9 @@ class ZeroShot:
         found = self.clip.encode_image(variables, x, taps)
         images, values = found if taps else (found, {})
         prototypes = variables["prototypes"] if self.prototypes is None else self.prototypes
-        logits = jnp.exp(variables["params"]["logit_scale"]) * images @ jnp.asarray(prototypes).T
+        # A hundred times a cosine shows every rounded digit of it.
+        cosines = jnp.matmul(images, jnp.asarray(prototypes).T, precision="highest")
+        logits = jnp.exp(variables["params"]["logit_scale"]) * cosines
         return (logits, values) if taps else logits
 
     def __hash__(self) -> int:

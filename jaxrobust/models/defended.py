@@ -195,6 +195,7 @@ def _apply(
     x: ArrayLike,
     taps: Sequence[str] = (),
     perturbations: Mapping[str, ArrayLike] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Any:
     """Logits in inference mode; arguments and errors as of every model's `apply`."""
     perturbations = perturbations or {}
@@ -210,7 +211,7 @@ def _apply(
 
     def run(name: str, model: Any, x: Array, wanted: Sequence[str]) -> tuple[Array, dict]:
         nudges = _under(name, perturbations)
-        out = model.apply(part(variables, name), x, tuple(wanted), nudges)
+        out = model.apply(part(variables, name), x, tuple(wanted), nudges, dtype)
         return out if wanted else (out, {})
 
     logits, values = _compose(parts, variables, images(x), taps, run)

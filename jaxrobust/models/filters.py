@@ -84,7 +84,9 @@ def total_variation(weight: float = 0.1, steps: int = 30) -> Model:
 
 
 def _filter(function: Any, config: dict[str, Any]) -> Model:
-    def apply(variables: Any, x: ArrayLike, taps: Any = (), perturbations: Any = None) -> Any:
+    def apply(
+        variables: Any, x: ArrayLike, taps: Any = (), perturbations: Any = None, dtype: Any = None
+    ) -> Any:
         if taps or perturbations:
             raise ValueError(f"{config['name']} has no activations, got {taps or perturbations}")
         return function(images(x))
@@ -100,23 +102,25 @@ def _jpeg(quality: int, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     if c not in (1, 3):
         raise ValueError(f"x must have 1 or 3 channels, got shape {x.shape}")
     x = jnp.pad(x, ((0, 0), (0, -h % _BLOCK), (0, -w % _BLOCK), (0, 0)), mode="edge")
+    exact = {"precision": jax.lax.Precision.HIGHEST}  # what is rounded next shows every error
     planes = jnp.round(255 * x)
     if c == 3:
-        planes = jnp.round(planes @ _TO_YCC.T.astype(x.dtype) + jnp.array([0, 128, 128], x.dtype))
+        planes = jnp.matmul(planes, _TO_YCC.T.astype(x.dtype), **exact)
+        planes = jnp.round(planes + jnp.array([0, 128, 128], x.dtype))
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     tables = np.stack([_LUMINANCE, _CHROMINANCE, _CHROMINANCE][:c])
     tables = np.clip(np.floor((tables * scale + 50) / 100), 1, 255).astype(x.dtype)
     rows, columns = planes.shape[1] // _BLOCK, planes.shape[2] // _BLOCK
     blocks = (planes - 128).reshape(b, rows, _BLOCK, columns, _BLOCK, c)
     wave = _cosines().astype(x.dtype)
-    exact = {"precision": jax.lax.Precision.HIGHEST}
     coefficients = jnp.einsum("bricjk,ui,vj->brckuv", blocks, wave, wave, **exact)
     coefficients = jnp.round(coefficients / tables) * tables
     blocks = jnp.einsum("brckuv,ui,vj->bricjk", coefficients, wave, wave, **exact)
     planes = jnp.clip(jnp.round(blocks.reshape(planes.shape) + 128), 0, 255)
     if c == 3:
         back = np.linalg.inv(_TO_YCC).T.astype(x.dtype)
-        planes = jnp.round((planes - jnp.array([0, 128, 128], x.dtype)) @ back)
+        planes = jnp.matmul(planes - jnp.array([0, 128, 128], x.dtype), back, **exact)
+        planes = jnp.round(planes)
     return jnp.clip(planes / 255, 0, 1)[:, :h, :w]
 
 

@@ -40,8 +40,8 @@ class Model(NamedTuple):
     Attributes:
         init: (key, shape=(h, w, c)) -> variables: {"params": ...} and, with BatchNorm,
             "batch_stats".
-        apply: (variables, x, taps=(), perturbations=None) -> logits, or, when taps are asked for,
-            (logits, {name: activation}). Inference mode; x is [b, h, w, c] in [0, 1].
+        apply: (variables, x, taps=(), perturbations=None, dtype=None) -> logits, or, when taps are
+            asked for, (logits, {name: activation}). Inference mode; x is [b, h, w, c] in [0, 1].
         train: (variables, x, *, axis_name=None, dtype=None, taps=()) -> (logits, batch_stats), and
             {name: activation} third when taps are asked for. Training mode; BatchNorm's statistics
             are those of the batch over all of `axis_name`; `dtype` is the compute dtype
@@ -158,6 +158,7 @@ def _apply(
     x: ArrayLike,
     taps: Sequence[str] = (),
     perturbations: Mapping[str, ArrayLike] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Any:
     """Logits in inference mode.
 
@@ -168,6 +169,7 @@ def _apply(
         taps: names of activations to return.
         perturbations: {name: delta}; each delta, of its activation's shape, is added to it before
             the rest of the network sees it.
+        dtype: compute dtype, as of `Model.train`; None is that of x and the parameters.
 
     Returns:
         [b, classes] logits, or (logits, {name: activation}) when `taps` is not empty.
@@ -176,7 +178,7 @@ def _apply(
         ValueError: x is not a batch of float images, a tap is unknown, or a delta has another shape
             than its activation.
     """
-    logits, _, values = call(variables, x, INFERENCE, taps, perturbations or {})
+    logits, _, values = call(variables, x, Mode(dtype=dtype), taps, perturbations or {})
     return (logits, values) if taps else logits
 
 

@@ -79,7 +79,8 @@ def attention_rollout(
     identity = jnp.eye(first.shape[-1], dtype=first.dtype)
     rollout = jnp.broadcast_to(identity, (len(x), *identity.shape))
     for name in names:
-        rollout = (maps[name].mean(1) + identity) / 2 @ rollout
+        mixed = (maps[name].mean(1) + identity) / 2
+        rollout = jnp.matmul(mixed, rollout, precision="highest")
     skip, *_ = token_grid(first.shape[-1], *x.shape[1:3])
     reached = rollout[:, 0] if skip else rollout.mean(1)
     return _resized(_grid(reached[..., None], x), x)

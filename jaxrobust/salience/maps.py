@@ -111,7 +111,9 @@ def blur(scores: ArrayLike, sigma: float) -> Maps:
         away = place[:, None] - place[None, :]
         weights = np.exp(-((away / sigma) ** 2) / 2) * (np.abs(away) <= 3 * sigma)
         weights = (weights / weights.sum(1, keepdims=True)).astype(scores.dtype)
-        scores = jnp.moveaxis(jnp.tensordot(weights, scores, (1, axis)), 0, axis)
+        scores = jnp.moveaxis(
+            jnp.tensordot(weights, scores, (1, axis), precision="highest"), 0, axis
+        )
     return scores
 
 

@@ -29,6 +29,7 @@ def train_step(
     augment: Callable | None = None,
     accumulate: int = 1,
     dtype: Any = None,
+    attack_dtype: Any = None,
     ema_decay: float | None = None,
 ) -> Step:
     """Builds the per-device step; `parallel.data_parallel` runs it on all devices.
@@ -45,8 +46,9 @@ def train_step(
         accumulate: the batch is worked off in so many parts and their gradients averaged: the
             memory of a part, the update of the whole (but BatchNorm and losses that compare
             examples, such as contrastive ones, see the parts).
-        dtype: compute type of the training forward and backward, such as `jnp.bfloat16`; the
-            attack always runs in float32.
+        dtype: compute type of the training forward and backward, such as `jnp.bfloat16`.
+        attack_dtype: compute type of the network inside the attack, where PGD spends most of a
+            step; images, perturbation and losses stay in float32. None is float32.
         ema_decay: decay of the weights' moving average, in [0, 1), for a state made with
             `create_state(..., ema=True)`; None keeps none.
 
@@ -75,7 +77,8 @@ def train_step(
 
     def step(state: TrainState, batch: dict, axis_name: str | None = None):
         _check_state(state, objective, ema_decay)
-        run = partial(_part_gradient, model, objective, augment, dtype, axis_name, state)
+        kinds = {"dtype": dtype, "attack_dtype": attack_dtype}
+        run = partial(_part_gradient, model, objective, augment, kinds, axis_name, state)
         carry = (state.batch_stats, state.extra)
         if accumulate == 1:
             carry, gradients, found = run(carry, batch)
@@ -92,7 +95,7 @@ def train_step(
         {
             "model": model, "objective": objective.config, "augment": augment,
             "accumulate": accumulate, "dtype": dtype and jnp.dtype(dtype).name,
-            "ema_decay": ema_decay,
+            "attack_dtype": attack_dtype and jnp.dtype(attack_dtype).name, "ema_decay": ema_decay,
         }
     )  # fmt: skip
     return step
@@ -142,7 +145,7 @@ def _parts(batch, count):
     return jax.tree.map(lambda leaf: leaf.reshape(count, size // count, *leaf.shape[1:]), batch)
 
 
-def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, batch):
+def _part_gradient(model, objective, augment, kinds, axis_name, state, carry, batch):
     """(batch_stats, extra), this device's gradients, and metrics, after one part of the batch."""
     batch_stats, extra = carry
     images, labels, salience = batch["image"], batch["label"], batch.get("salience")
@@ -152,8 +155,12 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
     elif augment is not None:
         images = augment(fold(keys, _AUGMENT), images)
 
+    # A model of one's own need not know of compute types.
+    attacked = {} if kinds["attack_dtype"] is None else {"dtype": kinds["attack_dtype"]}
+
     def apply(x, **options):
-        return model.apply({"params": state.params, "batch_stats": batch_stats}, x, **options)
+        variables = {"params": state.params, "batch_stats": batch_stats}
+        return model.apply(variables, x, **options, **attacked)
 
     context = Context(apply, fold(keys, _PERTURB), state.step, extra, axis_name, salience)
     x_adv, extra, metrics = objective.perturb(context, images, labels)
@@ -162,7 +169,7 @@ def _part_gradient(model, objective, augment, dtype, axis_name, state, carry, ba
     def mean_loss(params):
         def forward(x, **options):
             variables = {"params": params, "batch_stats": batch_stats}
-            return model.train(variables, x, axis_name=axis_name, dtype=dtype, **options)
+            return model.train(variables, x, axis_name=axis_name, dtype=kinds["dtype"], **options)
 
         losses, measured, stats = objective.loss(context, forward, images, x_adv, labels)
         return losses.mean(), (stats, measured)
