@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxrobust as jr
-from experiments import common, cropd, timing
+from experiments import common, cropd, plots, timing
 from experiments import cropd_settings as settings
 from jaxrobust import models, training
 
@@ -121,11 +121,12 @@ def forward(name: str, config: settings.Config, world: settings.World, batch: in
     return lambda: run(variables, x).block_until_ready()
 
 
-def table(cells: list[Mapping[str, Any]]) -> str:
-    """What training costs, and what a forward pass."""
-    parts = ([c for c in cells if ("batch" in c["key"]) == passes] for passes in (False, True))
-    made = (of(part) for of, part in zip((training_table, forward_table), parts, strict=True))
-    return "\n\n".join(filter(None, made))
+def table(cells: list[Mapping[str, Any]], chosen: Mapping[str, float] | None = None) -> str:
+    """What training costs, and what a forward pass; `chosen` as of `training_table`."""
+    training, passes = (
+        [c for c in cells if ("batch" in c["key"]) == forward] for forward in (False, True)
+    )
+    return "\n\n".join(filter(None, (training_table(training, chosen), forward_table(passes))))
 
 
 def forward_table(cells: list[Mapping[str, Any]]) -> str:
@@ -144,18 +145,27 @@ def forward_table(cells: list[Mapping[str, Any]]) -> str:
     return common.markdown(header, rows) if rows else ""
 
 
-def training_table(cells: list[Mapping[str, Any]]) -> str:
-    """Milliseconds and operations of a step, and of a whole training in epochs of fine-tuning."""
+def training_table(
+    cells: list[Mapping[str, Any]], chosen: Mapping[str, float] | None = None
+) -> str:
+    """Milliseconds and operations of a step, and of a whole training in epochs of fine-tuning.
+
+    Args:
+        cells: of the results file.
+        chosen: the epoch of fine-tuning that was the best one, by data set, if that is known.
+    """
     of = {(cell["key"]["dataset"], cell["key"]["method"]): cell["metrics"] for cell in cells}
     rows = []
     for (dataset, method), found in of.items():
         rival, epochs = of.get((dataset, RIVAL)), found["epochs"]
-        costs = [
-            f"{found[name] * epochs * found['steps_per_epoch'] / of_epoch(rival, name):.2f}"
-            if epochs and rival
-            else ""
-            for name in ("step_flops", "seconds_median")
-        ]
+        costs = ["", "", ""]
+        if epochs and rival:
+            flops, seconds = (
+                epochs * of_epoch(found, name) / of_epoch(rival, name)
+                for name in ("step_flops", "seconds_median")
+            )
+            best = (chosen or {}).get(dataset)
+            costs = [f"{flops:.2f}", f"{seconds:.2f}", f"{seconds / best:.0%}" if best else ""]
         rows.append(
             [
                 dataset, method, f"{1e3 * found['seconds_median']:.1f}",
@@ -167,13 +177,21 @@ def training_table(cells: list[Mapping[str, Any]]) -> str:
     header = [
         "set", "training", "ms per step", "GFLOP per step", "GFLOP/s", "epochs",
         f"FLOPs of all, in epochs of {RIVAL}", "seconds of all, likewise",
+        f"seconds of all, of {RIVAL}'s to its best epoch",
     ]  # fmt: skip
     return common.markdown(header, rows) if rows else ""
 
 
 def readme_table(path: Path) -> str:
-    """The table of a results file."""
-    return table(json.loads(path.read_text())["cells"])
+    """The table of a results file; fine-tuning's best epochs are the laptop preset's medians."""
+    trained = path.with_name("cropd-laptop.json")
+    rows = plots.rows_of(plots.read(trained), "dataset", "method") if trained.exists() else {}
+    best = {
+        dataset: float(np.median([cell["train_epochs"] for cell in cells]))
+        for (dataset, method), cells in rows.items()
+        if method == RIVAL
+    }
+    return table(json.loads(path.read_text())["cells"], best)
 
 
 def of_epoch(found: Mapping[str, Any], name: str) -> float:

@@ -308,11 +308,12 @@ def test_a_training_is_measured_in_epochs_of_fine_tuning():
         return {"key": key, "metrics": figures | {"steps_per_epoch": per_epoch}}
 
     cells = [timed("ours", 2e9, 0.1, 20, 80), timed("aff", 4e10, 1.0, None, 72)]
-    ours, aff = bench_cropd.table(cells).splitlines()[2:]
-    assert ours.endswith("| 20 | 1.11 | 2.22 |")
-    assert aff == "| emoji | aff | 1000.0 | 40.00 | 40 |  |  |  |"
+    ours, aff = bench_cropd.table(cells, {"emoji": 16.0}).splitlines()[2:]
+    assert ours.endswith("| 20 | 1.11 | 2.22 | 14% |")
+    assert aff == "| emoji | aff | 1000.0 | 40.00 | 40 |  |  |  |  |"
+    assert bench_cropd.table(cells).splitlines()[2].endswith("| 20 | 1.11 | 2.22 |  |")
     # Without fine-tuning beside it there is no unit.
-    assert bench_cropd.table(cells[:1]).endswith("| 20 |  |  |")
+    assert bench_cropd.table(cells[:1]).endswith("| 20 |  |  |  |")
 
 
 def test_what_a_preprocessor_adds_is_measured_against_the_bare_model():
@@ -350,6 +351,20 @@ def test_certificates_are_shown_by_radius(results):
     lines = plots_cropd.certificates(results).splitlines()
     assert lines[0] == "| certified, l2 |  | sigma | radius 0, % | radius 0.1, % |"
     assert lines[2] == "| emoji | ours | 0.12 | 80.0 | 45.0 |"
+    assert plots_cropd.readme_table(results).endswith(lines[2])
+
+
+def test_the_terms_of_the_bound_are_means_over_seeds(results):
+    assert plots_cropd.bound_table(results) == ""
+    record = json.loads(results.read_text())
+    for one in record["cells"]:
+        if one["key"]["method"] == "ours":
+            names = enumerate(plots_cropd.TERMS)
+            one["metrics"]["bound"] = {name: n + one["key"]["seed"] for n, name in names}
+    results.write_text(json.dumps(record))
+    lines = plots_cropd.bound_table(results).splitlines()
+    assert lines[0].startswith("| bound, in nats |  | clean loss | adversarial loss |")
+    assert lines[2:] == ["| emoji | ours | 0.5 | 1.5 | 2.5 | 3.5 | 4.5 | 5.5 |"]
     assert plots_cropd.readme_table(results).endswith(lines[2])
 
 
