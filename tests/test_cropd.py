@@ -288,6 +288,12 @@ def test_bad_arguments_are_refused_at_once(message, options):
         cropd.robust_autoencoder(**{"attack": ATTACK, **options})
 
 
+def test_weights_are_named_and_no_dict():
+    robust_autoencoder = inspect.unwrap(cropd.robust_autoencoder)
+    with pytest.raises(TypeError, match=r"weights must be cropd.Weights\(...\), got {'clean'"):
+        robust_autoencoder(ATTACK, weights={"clean": 1.0})
+
+
 def test_denoising_has_a_gradient_at_the_image_itself():
     objective = cropd.robust_autoencoder(
         attacks.linf_pgd(0.1, steps=2, start="none"), weights=Weights(0.0, 0.0, denoising=1.0)

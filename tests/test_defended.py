@@ -173,11 +173,24 @@ def with_classes(variables, count):
         ("x must be \\[b, 8, 8, 1\\]", lambda v: DEFENDED.apply(v, np.zeros((1, 9, 8, 1)))),
         (
             "x must have 1 or 3 channels",
-            lambda v: models.defend(None, SIZE, FOUNDATION).apply(v, np.zeros((1, 8, 8, 2))),
+            lambda v: models.defend(None, SIZE, FOUNDATION).apply(
+                models.join(foundation=models.part(v, "foundation")), np.zeros((1, 8, 8, 2))
+            ),
         ),
         ("made by models.defend", lambda v: cropd.features(FOUNDATION, v, IMAGES)),
         ("variables must hold a head", lambda v: DEFENDED.apply(without_head(v), IMAGES)),
         ("head must have 3 classes, got 7", lambda v: DEFENDED.apply(with_classes(v, 7), IMAGES)),
+        (
+            "variables hold a preprocessor, and the model was made without one",
+            lambda v: models.defend(None, SIZE, FOUNDATION, 3).apply(v, IMAGES),
+        ),
+        (
+            r"of a \w+ for inputs of shape \(12, 10, 1\): For parameter .kernel. in ./\w+",
+            lambda v: models.defend(None, SIZE[:2], FOUNDATION, 3).apply(
+                models.join(foundation=models.part(v, "foundation"), head=models.part(v, "head")),
+                IMAGES,
+            ),
+        ),
     ],
 )
 def test_bad_arguments_are_refused(message, call, variables):
@@ -195,6 +208,8 @@ def test_parts_that_are_no_models_are_refused():
 
 def test_one_number_resizes_to_squares_and_a_model_shows_its_settings():
     square = models.defend(None, 8, FOUNDATION)
+    of_numpy = inspect.unwrap(models.defend)(None, np.int64(8), FOUNDATION, np.int64(3))
+    assert json.loads(json.dumps(of_numpy.config))["resize"] == [8, 8]
     assert square.config == models.defend(None, (8, 8), FOUNDATION).config
     assert repr(square).startswith("Model(name='defended', preprocessor=None, resize=[8, 8]")
 

@@ -319,6 +319,10 @@ FLAT = {"params": {}}
         ),
         (lambda: TINY.train(FLAT, np.zeros((2, 8, 8, 3), np.int32)), "got int32"),
         (lambda: TINY.apply(FLAT, np.zeros((8, 8, 3), np.float32)), r"got shape \(8, 8, 3\)"),
+        (
+            lambda: TINY.apply(FLAT, images(1, 8, 8, 3)),
+            r'variables must be {"params": ...} of a \w+ for inputs of shape \(8, 8, 3\): Tried',
+        ),
         (lambda: TINY.init(KEY, (8, 8)), r"shape must be \(h, w, c\)"),
         (lambda: TINY.init(KEY, (8, 0, 3)), r"shape must be \(h, w, c\)"),
         (lambda: TINY.apply(FLAT, images(1, 8, 8, 3), taps="layer1"), "taps must be a tuple"),

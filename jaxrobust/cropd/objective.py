@@ -91,6 +91,7 @@ def robust_autoencoder(
         attacked ones. Nothing in it knows a foundation model.
 
     Raises:
+        TypeError: weights are no `Weights`.
         ValueError: an unknown name, a weight < 0 or none > 0, temperature <= 0, or an attack that
             starts at x where it has no gradient.
 
@@ -254,6 +255,8 @@ def _check(attack, weights, form, temperature, anchor_gradient, aim):
             f"anchor_gradient must be one of {ANCHOR_GRADIENTS}, got {anchor_gradient!r}"
         )
     check_number("temperature", temperature, low=0, strict=True)
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be cropd.Weights(...), got {weights!r}")
     for name, value in weights._asdict().items():
         check_number(f"weights.{name}", value, low=0)
     if not any(weights):

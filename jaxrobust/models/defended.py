@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
@@ -67,17 +68,19 @@ def defend(
             raise TypeError(
                 f"{name} must be a Model, such as models.from_linen(module), got {model!r:.200}"
             )
-    if isinstance(resize, int):
+    if isinstance(resize, int | np.integer):
         resize = (resize, resize)
     if resize is not None:
         if len(resize) not in (2, 3):
             raise ValueError(f"resize must be (height, width[, channels]), got {tuple(resize)}")
         check_counts(**{f"resize[{i}]": n for i, n in enumerate(resize)})
+        resize = tuple(int(n) for n in resize)
     if head is not None:
         check_counts(head=head)
+        head = int(head)
     for name in frozen:
         check_choice("frozen", name, PARTS)
-    parts = _Parts(preprocessor, resize and tuple(resize), foundation, head, tap, tuple(frozen))
+    parts = _Parts(preprocessor, resize, foundation, head, tap, tuple(frozen))
     return Model(
         init=partial(_init, parts),
         apply=partial(_apply, parts),
@@ -257,6 +260,9 @@ def _compose(
         values.update({f"{name}.{tap}": value for tap, value in found.items()})
         return out, found
 
+    if parts.preprocessor is None and "preprocessor" in variables["params"]:
+        # It would be taken for defended.
+        raise ValueError("variables hold a preprocessor, and the model was made without one")
     if parts.preprocessor is not None:
         x, _ = stage("preprocessor", parts.preprocessor, x)
         values["preprocessed"] = x

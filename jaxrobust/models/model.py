@@ -22,7 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.errors import InvalidRngError
+from flax.errors import (
+    InvalidRngError,
+    ScopeCollectionNotFound,
+    ScopeParamNotFoundError,
+    ScopeParamShapeError,
+)
 from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
@@ -32,6 +37,7 @@ from jaxrobust.models.layers import INFERENCE, Mode
 
 Variables = Mapping[str, Any]
 _TAPS = "taps"
+MISFITS = (ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeParamShapeError)
 
 
 class Model(NamedTuple):
@@ -221,6 +227,12 @@ def _call(
         raise ValueError(
             f"module must not draw random numbers, {type(module).__name__} does (dropout?): set "
             "its rate to 0"
+        ) from error
+    except MISFITS as error:
+        why = str(error).partition(" (http")[0]
+        raise ValueError(
+            f'variables must be {{"params": ...}} of a {type(module).__name__} for inputs of shape '
+            f"{x.shape[1:]}: {why}"
         ) from error
     out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
     found = {".".join(path[:-1]): a for path, a in flatten_dict(state.get(_TAPS, {})).items()}

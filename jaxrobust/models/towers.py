@@ -29,8 +29,13 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Width of a head in the published ViTs up to L, in texts, and in the pools of CLIP's ResNets.
 HEAD_WIDTH = 64
-# Heads of the larger ones by their width: H, So400m, g and bigG; and DINOv2's g.
-_LARGE = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+# Heads of the larger ones by their width: H, g and bigG.
+_LARGE = {1280: 16, 1408: 16, 1664: 16}
+# What some published towers have and ours lack.
+_UNREADABLE = {
+    "attn_pool.": "pooled by attention (SigLIP)",
+    ".mlp.w12.": "with SwiGLU (DINOv2's g)",
+}
 # OpenAI's and OpenCLIP's names of a transformer's parts, of images or of texts.
 TRANSFORMER_RENAMES = (
     ("positional_embedding", "pos_embed"),
@@ -78,7 +83,7 @@ def load_image_tower(
     Args:
         path: safetensors, or a torch file of any version (torch is not needed).
         heads: attention heads; None is those of the published sizes (width / 64 up to L and in
-            the attention pools of CLIP's ResNets; 16 in H, So400m, g and bigG, 24 in DINOv2's g).
+            the attention pools of CLIP's ResNets; 16 in H, g and bigG).
         activation: "gelu" or "quick_gelu"; needed for CLIP's ViTs, in OpenCLIP's layout and in
             timm's, where OpenAI's weights want the latter and LAION's the former. That of timm's
             others and DINOv2's is "gelu".
@@ -95,8 +100,8 @@ def load_image_tower(
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is of no such layout, or entries are missing, surplus or wrongly
-            shaped: all of them are named.
+        CheckpointError: the file is of no such layout, or of a tower with SwiGLU or attention
+            pooling, or entries are missing, surplus or wrongly shaped: all of them are named.
         ValueError: what the file does not tell was not told, or does not fit it.
     """
     options = {"heads": heads, "activation": activation, "size": size, "mean": mean, "std": std}
@@ -180,6 +185,9 @@ def _ours(path, state: Mapping[str, np.ndarray], clip: bool) -> dict[str, np.nda
     out = _renamed(state, _CLIP_RENAMES if clip else _TIMM_RENAMES)
     out.pop("mask_token", None)  # of DINOv2's training
     lacking = {"patch_embed.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - set(out)
+    for part, what in _UNREADABLE.items():
+        if any(part in name for name in state):
+            raise CheckpointError(f"{path}: towers {what} cannot be read")
     if lacking:
         raise CheckpointError(
             f"{path}: no image tower of timm's, DINOv2's or OpenCLIP's layout, it lacks "
