@@ -40,6 +40,8 @@ TIMES = (
     "attack_seconds",
     "certify_seconds",
     "salience_seconds",
+    "head_seconds",
+    "suite_seconds",
 )
 
 

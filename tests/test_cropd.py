@@ -140,6 +140,24 @@ def test_the_attack_does_not_depend_on_the_batch(options):
         np.testing.assert_array_equal(perturbed(objective, np.array(rows)), whole[np.array(rows)])
 
 
+def test_nor_does_it_on_a_network_of_convolutions():
+    model = models.autoencoder((8, 8, 1), widths=(8,), latent_channels=4)
+    variables = model.init(jax.random.key(0))
+    images = jnp.asarray(RANDOM.random((BATCH, 8, 8, 1), dtype=np.float32))
+    objective = cropd.robust_autoencoder(ATTACK)
+
+    @jax.jit
+    def attacked(images, keys):
+        apply = partial(model.apply, variables)
+        found = training.Context(apply, keys, jnp.int32(0), {}, None)
+        return objective.perturb(found, images, None)[0]
+
+    whole = attacked(images, KEYS)
+    assert np.abs(whole - images).max() > 0.05
+    for rows in (np.array([5]), np.array([7, 3, 1, 0])):
+        np.testing.assert_array_equal(attacked(images[rows], KEYS[rows]), whole[rows])
+
+
 @pytest.mark.parametrize("form", cropd.FORMS)
 def test_the_attack_and_the_training_do_not_depend_on_the_number_of_devices(form):
     objective = cropd.robust_autoencoder(ATTACK, form=form, weights=ALL)
