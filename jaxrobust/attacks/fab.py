@@ -200,17 +200,21 @@ def _towards_nearest(logits_fn, x, rows, args, norm):
     logits, pull = jax.vjp(lambda x: logits_fn(x, *args), x)
     batch, classes = logits.shape
     own = jax.nn.one_hot(rows.labels, classes, dtype=logits.dtype)
-    others = jnp.broadcast_to(jnp.eye(classes)[:, None], (classes, batch, classes))
-    # One by one: side by side, a thousand classes would hold a thousand backward passes.
-    gradients = jax.lax.map(lambda c: pull(c)[0], others - own)  # [classes, b, ...]
-    gradients = finite_gradient(gradients)
     gaps = logits - classifier.pick(logits, rows.labels)[:, None]
-    lengths = jax.vmap(lambda g: _DUAL[norm](g.reshape(batch, -1)))(gradients).T
-    out = (own > 0) | jnp.isnan(gaps)
-    distance = jnp.where(out, jnp.inf, jnp.abs(gaps) / (lengths + 1e-12))
-    nearest = distance.argmin(1)
-    rows_of = jnp.arange(batch)
-    return finite_gradient(gaps[rows_of, nearest]), gradients[nearest, rows_of]
+
+    def nearer(c, best):
+        gradient = finite_gradient(pull(jax.nn.one_hot(c, classes, dtype=logits.dtype) - own)[0])
+        gap, length = gaps[:, c], _DUAL[norm](gradient.reshape(batch, -1))
+        out = (rows.labels == c) | jnp.isnan(gap)
+        distance = jnp.where(out, jnp.inf, jnp.abs(gap) / (length + 1e-12))
+        closer = distance < best[0]
+        keep = lambda new, old: jnp.where(inputs.wide(closer, new), new, old)  # noqa: E731
+        return jax.tree.map(keep, (distance, gap, gradient), best)
+
+    # One by one, and only the nearest kept: a thousand classes have a thousand gradients.
+    none = (jnp.full_like(gaps[:, 0], jnp.inf), jnp.zeros_like(gaps[:, 0]), jnp.zeros_like(x))
+    _, gap, gradient = jax.lax.fori_loop(0, classes, nearer, none)
+    return finite_gradient(gap), gradient
 
 
 _DUAL: dict[str, Callable] = {
