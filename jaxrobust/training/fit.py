@@ -67,7 +67,8 @@ def fit(
     """Trains for a number of epochs.
 
     The batch of a step is a function of (seed, step), and randomness one of (state.key, step,
-    example), so a run that is killed and started again ends with the same numbers.
+    example), so a run that is killed and started again ends with the same numbers (on GPUs as far
+    as their kernels repeat themselves: XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 
     Args:
         step: a per-device step, `train_step(...)`; mapped here.
