@@ -148,7 +148,7 @@ def _of_equation(equation, rules) -> Counts:
     if name in _LOOPS_AND_CALLS:
         return _LOOPS_AND_CALLS[name](params, rules)
     inside = [math.prod(getattr(v.aval, "shape", ())) for v in equation.invars]
-    if name == "dot_general":
+    if name == "dot_general" and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
         return _product(_dot_macs(equation))
     if name == "conv_general_dilated":
         shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]

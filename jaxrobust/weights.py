@@ -53,22 +53,23 @@ def load_weights(path: str | os.PathLike, like: Mapping | None = None) -> dict[s
         path: file that `save_weights`, or another library, wrote.
         like: nested dict of arrays or `jax.ShapeDtypeStruct` that the file must match, name by
             name; arrays committed to devices give theirs to what is loaded. None takes the file
-            as it is.
+            as it is. Numbers of 64 bits come in 32, float64 rounded, unless JAX is told to use 64.
 
     Returns:
         Nested dict of arrays, with the structure of `like` if it is given.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged or no safetensors file, or does not match `like`:
-            all missing, unexpected and differing names are listed in the one error.
+        CheckpointError: the file is damaged or no safetensors file, holds numbers that JAX would
+            change, or does not match `like`: all missing, unexpected and differing names are listed
+            in the one error.
     """
     path = Path(path)
     arrays = _read(path)[0]
     if like is None:
         return _nest(path, arrays)
     check_same_arrays(path, _shapes(arrays), _shapes(dict(_flatten(like))))
-    return _fill(like, arrays)
+    return _fill(path, like, arrays)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -140,18 +141,35 @@ def _nest(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise CheckpointError(f"{path}: {name!r} lies under another array's name")
-        node[last] = jnp.asarray(array)
+        node[last] = _unchanged(path, name, array)
     return nested
 
 
-def _fill(like: Mapping, arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _unchanged(path: Path, name: str, array: np.ndarray) -> jax.Array:
+    """As JAX's array, of 32 bits where JAX has no more: rounded perhaps, but no other number."""
+    with np.errstate(over="ignore"):  # numpy's warning would come before our error
+        kept = jnp.asarray(array)
+    if kept.dtype == array.dtype:
+        return kept
+    floats = np.issubdtype(array.dtype, np.floating)
+    found = np.asarray(kept)
+    same = np.isfinite(found) == np.isfinite(array) if floats else found == array
+    if not same.all():
+        raise CheckpointError(
+            f"{path}: {name} holds {array.dtype} numbers that {kept.dtype} cannot: expected "
+            'jax.config.update("jax_enable_x64", True) before'
+        )
+    return kept
+
+
+def _fill(path: Path, like: Mapping, arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     filled = {}
     for key, leaf in like.items():
         name = prefix + key
         if isinstance(leaf, Mapping):
-            filled[key] = _fill(leaf, arrays, name + "/")
+            filled[key] = _fill(path, leaf, arrays, name + "/")
         elif getattr(leaf, "committed", False):
             filled[key] = jax.device_put(arrays[name], leaf.sharding)
         else:
-            filled[key] = jnp.asarray(arrays[name])
+            filled[key] = _unchanged(path, name, arrays[name])
     return filled

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 
 from jaxrobust.data.coco_pairs import coco_pairs
-from jaxrobust.data.dataset import decode_image
+from jaxrobust.data.decoding import decode_image
 from tests.test_data_archives import jpeg, manual
 
 
@@ -59,6 +60,12 @@ def test_every_caption_is_a_row_with_its_own_image(tmp_path, coco, caplog):
     (tmp_path / "downloads" / "manual" / "coco").rename(tmp_path / "lost")
     again = coco_pairs("train", data_dir=tmp_path, size=16, captions=1)
     assert again.captions == ("two cats", "a dog")
+
+
+def test_validation_does_not_need_the_training_images(tmp_path, coco):
+    folder = tmp_path / "downloads" / "manual" / "coco"
+    (folder / "annotations" / "captions_train2017.json").unlink()
+    shutil.rmtree(folder / "train2017")
     assert coco_pairs("val", data_dir=tmp_path).captions == ("a house",)
 
 

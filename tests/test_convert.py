@@ -222,6 +222,18 @@ def test_a_damaged_length_sets_no_memory_aside(tmp_path):
         read_bytes(tmp_path, longer)
 
 
+def test_a_list_cannot_be_copied_again_and_again(tmp_path):
+    # One list of 200 sizes, remembered, and handed to a function as often as two bytes can.
+    sizes = b"](" + b"K\x01" * 200 + b"eq\x00"
+    program = b"\x80\x02" + sizes + b"h\x00\x85ccollections\nOrderedDict\nq\x010"
+    for function in (b"ctorch\nSize\n", b"ccollections\nOrderedDict\n"):
+        pair = b"](]q\x02(K\x01K\x02eh\x02" + b"h\x02" * 400 + b"eq\x00"
+        program = b"\x80\x02" + (sizes if b"Size" in function else pair)
+        program += b"0" + (function + b"h\x00\x85R0") * 2000 + b"N."
+        with pytest.raises(CheckpointError, match=r"refused: more values|a tensor's shape"):
+            read_bytes(tmp_path, as_zip(program))
+
+
 def test_foreign_files_are_named(tmp_path):
     cases = {
         b"": "found 0 bytes",

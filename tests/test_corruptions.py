@@ -78,7 +78,9 @@ def test_numpys_global_state_is_left_alone():
         ({"images": COLOUR * 255}, r"images must be in \[0, 1\]"),
         ({"images": np.full_like(COLOUR, np.nan)}, r"images must be in \[0, 1\]"),
         ({"images": np.zeros((1, 40, 40, 3), np.uint8)}, "images must be float"),
-        ({"indices": [0]}, "indices must be 3 numbers, got 1"),
+        ({"indices": [0]}, r"indices must be 3 numbers >= 0, got \[0\]"),
+        ({"indices": [0, -1, 2]}, "indices must be 3 numbers >= 0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
     ],
 )
 def test_bad_input_is_named(change, message):

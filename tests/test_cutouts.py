@@ -148,7 +148,7 @@ def test_the_cut_out_set_is_the_same_every_time(few):
         for row, (index, example) in zip(range(10), made, strict=False):
             assert index == few["validation"].indices[row]
             for name in ("image", "salience"):
-                stored = data.dataset.decode_image(
+                stored = data.decoding.decode_image(
                     example[name].read(), 3 if name == "image" else 1, None
                 )
                 field = getattr(few["validation"], "images" if name == "image" else name)

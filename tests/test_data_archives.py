@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jaxrobust.data import load, source
-from jaxrobust.data.dataset import decode_image
+from jaxrobust.data.decoding import decode_image
 
 
 @pytest.fixture

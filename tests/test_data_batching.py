@@ -243,3 +243,8 @@ def test_a_data_set_of_ones_own_arrays_reads_like_one():
     assert [example["index"] for example in data] == list(range(6))
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
         Dataset.of(images, [0, 1, 2, 0, 1, 2], ("a", "b"))
+    with pytest.raises(ValueError, match=r"labels must be numbers of classes .* got 2147483648"):
+        Dataset.of(images, [0, 1, 2, 0, 1, 2**31])
+    for labels, kind in ((list("abcabc"), "<U1"), ([0.0, 1, 2, 0, 1, np.nan], "float64")):
+        with pytest.raises(TypeError, match=f"labels must be whole numbers, got {kind}"):
+            Dataset.of(images, labels)

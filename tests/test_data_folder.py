@@ -1,11 +1,13 @@
+import io
+import shutil
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from jaxrobust.data import batches, load, load_folder, source
-from jaxrobust.data import dataset as dataset_module
-from jaxrobust.data.dataset import decode_image, encode_png
+from jaxrobust.data import batches, decoding, load, load_folder, source
+from jaxrobust.data.decoding import decode_image, encode_png
 
 
 @pytest.fixture
@@ -63,13 +65,13 @@ def test_large_images_are_decoded_by_threads_to_the_same_arrays(tmp_path, random
         image = random.integers(0, 256, (90, 90, 3), np.uint8)
         (tmp_path / "class" / f"{number}.png").write_bytes(encode_png(image))
     names = []
-    decode = dataset_module.decode_image
+    decode = decoding.decode_image
 
     def watched(*arguments):
         names.append(threading.current_thread().name)
         return decode(*arguments)
 
-    monkeypatch.setattr(dataset_module, "decode_image", watched)
+    monkeypatch.setattr(decoding, "decode_image", watched)
     lazy = source(f"folder:{tmp_path}")
     expected = lazy.take(range(4))[0]
     (batch,) = batches(lazy, 4, shuffle=False, workers=2)
@@ -125,3 +127,54 @@ def test_a_folder_of_other_splits_is_not_taken_for_classes(folder):
     (folder / "train").rename(folder / "training")
     with pytest.raises(ValueError, match=r"'training'.* would be taken for classes"):
         load(f"folder:{folder}", "train")
+
+
+def test_a_split_that_lacks_a_class_keeps_the_labels_of_the_others(folder):
+    shutil.rmtree(folder / "val" / "ant")
+    val = load_folder(folder, "val", size=8)
+    assert val.class_names == load_folder(folder, size=8).class_names == ("ant", "zebra")
+    assert val.labels.tolist() == [1]
+
+
+def test_what_is_hidden_is_no_example(folder):
+    before = len(load_folder(folder, size=8).labels)
+    image = (folder / "train" / "ant" / "0.png").read_bytes()
+    (folder / "train" / "ant" / ".checkpoints").mkdir()
+    (folder / "train" / "ant" / ".checkpoints" / "0.png").write_bytes(image)
+    (folder / "train" / "ant" / "._0.png").write_bytes(image)
+    assert len(load_folder(folder, size=8).labels) == before
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_images_of_16_bits_keep_their_upper_ones(kind):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    stream = io.BytesIO()
+    Image.fromarray(ramp).save(stream, format=kind)
+    decoded = decode_image(stream.getvalue(), 1, None)
+    np.testing.assert_array_equal(decoded[..., 0], np.round(ramp / 257))
+
+
+def test_images_whose_white_is_unknown_are_refused():
+    stream = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(stream, format="TIFF")
+    with pytest.raises(ValueError, match="8 or 16 bits, got an image of mode 'F'"):
+        decode_image(stream.getvalue(), 1, None)
+    assert not decoding.is_readable(stream.getvalue())
+
+
+def test_an_image_of_few_levels_is_resized_in_full_depth():
+    ramp = (np.arange(64).reshape(8, 8, 1) // 4).astype(np.uint8)  # 0 to 15 of 16
+    encoded = encode_png(ramp)
+    np.testing.assert_array_equal(decode_image(encoded, 1, 8, levels=16), ramp)
+    large = decode_image(encoded, 1, 28, levels=16)
+    bright = encode_png(np.uint8(np.round(ramp * (255 / 16))))
+    fine = decode_image(bright, 1, 28) * np.float32(16 / 255)
+    np.testing.assert_allclose(large, fine, atol=1e-5)
+    assert len(np.unique(large)) > 60
+
+
+def test_a_header_that_promises_too_much_is_damage(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    encoded = encode_png(np.zeros((8, 8, 1), np.uint8))
+    assert decoding.decoded_or_none(encoded, 1, None) is None
+    assert decoding.stored_shape(encoded) is None

@@ -233,7 +233,7 @@ def test_a_missing_decoder_names_the_command_that_brings_it(monkeypatch):
 
 
 def test_arrays_beyond_memory_are_refused_and_the_source_is_named(data_dir, monkeypatch):
-    monkeypatch.setattr(dataset_module, "MAX_EAGER_BYTES", 1000)
+    monkeypatch.setattr(dataset_module, "eager_limit", lambda: 1000)
     with pytest.raises(ValueError, match=r"360 images of \(8, 8, 1\) .* use jaxrobust.data.source"):
         load("digits", "test", data_dir=data_dir)
 

@@ -17,7 +17,8 @@ import optax
 import pytest
 
 from jaxrobust import attacks, checkpoint, models, parallel
-from jaxrobust.data.dataset import Dataset, Record, Source, encode_png
+from jaxrobust.data.dataset import Dataset, Record, Source
+from jaxrobust.data.decoding import encode_png
 from jaxrobust.training import (
     adversarial,
     create_state,

@@ -58,6 +58,11 @@ def test_elementwise_operations_and_reductions_count_apart_from_products():
     assert count_flops(lambda x: jnp.where(x > 0, x.T.reshape(x.shape), 0), X) == Counts(0, 0)
 
 
+def test_products_of_integers_count_nothing():
+    whole = jax.ShapeDtypeStruct((4, 4), jnp.int32)
+    assert count_flops(jnp.dot, whole, whole) == Counts(0, 0)
+
+
 def test_integers_and_random_bits_count_nothing():
     assert count_flops(lambda i: (i * 3 + 1) % 7, jnp.arange(10)) == Counts(0, 0)
     assert count_flops(lambda k: jax.random.bits(k, (8,)), jax.random.key(0)) == Counts(0, 0)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxrobust.data.batching import batches
-from jaxrobust.data.dataset import decode_image, is_readable
+from jaxrobust.data.decoding import decode_image, is_readable
 from jaxrobust.data.pair_faults import FAULTS
 from jaxrobust.data.pairs import Pairs, load_pairs, pair_source
 from tests.test_data_archives import jpeg
@@ -149,6 +149,16 @@ def test_a_table_without_a_good_row_is_refused(folder):
         pair_source(write_tsv(folder, [("images/7.png", "seven")]), size=8)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", ["images/\0.png", "images/\ud800.png"])
+def test_a_name_that_no_file_can_have_is_a_missing_image(folder, name, verify):
+    path = folder / "odd.jsonl"
+    rows = [(name, "odd"), ("images/0.png", "picture 0")]
+    path.write_text("\n".join(json.dumps({"image": i, "caption": c}) for i, c in rows))
+    counts = pair_source(path, size=8, verify=verify).counts
+    assert (counts["kept"], counts["image missing"]) == (1, 1)
+
+
 def test_visual_genomes_regions_become_captions(folder):
     for name, number in (("VG_100K", 0), ("VG_100K_2", 1)):
         (folder / name).mkdir()
@@ -162,6 +172,8 @@ def test_visual_genomes_regions_become_captions(folder):
         {"id": 2, "regions": [{"phrase": "the image is not there"}]},
         {"id": 3, "regions": []},
         {"regions": []},
+        {"id": 4, "regions": ["no region"]},
+        {"id": -1, "regions": [{"phrase": "a number that no picture has"}]},
     ]
     path = folder / "region_descriptions.json"
     path.write_text(json.dumps(records))
@@ -175,8 +187,8 @@ def test_visual_genomes_regions_become_captions(folder):
     others = {load_pairs(path, size=8, seed=seed)[0].captions[1] for seed in range(5)}
     assert len(others) > 1
     np.testing.assert_array_equal(pairs.images[1], expected(folder, 1, 8))
-    kinds = {"image missing": 1, "caption missing": 1, "row malformed": 1}
-    assert counts == {"rows": 5, "kept": 2, **dict.fromkeys(FAULTS, 0), **kinds}
+    kinds = {"image missing": 1, "caption missing": 1, "row malformed": 3}
+    assert counts == {"rows": 7, "kept": 2, **dict.fromkeys(FAULTS, 0), **kinds}
 
 
 def test_a_source_gives_rows_shards_and_batches(folder):

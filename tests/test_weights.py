@@ -157,3 +157,15 @@ def test_what_cannot_be_stored_is_refused_and_the_old_file_stays(tmp_path, bad, 
 def test_metadata_must_be_strings(tmp_path):
     with pytest.raises(TypeError, match="metadata must map str to str, got 'epoch': int"):
         save_weights(tmp_path / "w", {"a": jnp.ones(1)}, metadata={"epoch": 3})
+
+
+@pytest.mark.parametrize("with_like", [False, True])
+def test_numbers_that_jax_would_change_are_refused(tmp_path, with_like):
+    for name, array in (("int", np.array([2**40 + 5])), ("float", np.array([1e300, 0.1]))):
+        save_weights(tmp_path / "w", {name: array})
+        with pytest.raises(CheckpointError, match=f"{name} holds {array.dtype} numbers that"):
+            load_weights(tmp_path / "w", {name: array} if with_like else None)
+    save_weights(tmp_path / "w", {"small": np.array([7]), "rounded": np.array([0.1, np.inf])})
+    loaded = load_weights(tmp_path / "w")
+    assert loaded["small"].tolist() == [7]
+    np.testing.assert_array_equal(loaded["rounded"], np.float32([0.1, np.inf]))

@@ -6,8 +6,8 @@ example at its own iteration; a slot whose example is broken, or out of iteratio
 example, or the same one's next round (a restart, another target class). So one compiled shape stays
 full until the work runs out, and a smaller one finishes the rest.
 
-What a slot computes depends on its example and key alone: but for the rounding of the kernels that a
-device chooses for a shape, results are the same for every number of slots, order of examples and
+What a slot computes depends on its example and key alone: but for the rounding of the kernels that
+a device chooses for a shape, results are the same for every number of slots, order of examples and
 number of devices.
 """
 

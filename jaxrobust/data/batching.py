@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from jaxrobust.data.dataset import Dataset, Examples, Source, decoding_pool
+from jaxrobust.data.dataset import Dataset, Examples, Source
+from jaxrobust.data.decoding import decoding_pool
 
 Batch = dict[str, np.ndarray]
 
@@ -45,7 +46,7 @@ def steps_per_epoch(
         drop_remainder: leave out the last, smaller batch.
 
     Returns:
-        The number of batches, >= 1.
+        The number of batches; 0 of an empty set whose remainder is kept.
 
     Raises:
         ValueError: batch_size < 1, or the data set does not fill one batch and the remainder is

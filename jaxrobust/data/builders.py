@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, Integer, UInt8
 
-from jaxrobust.data.dataset import encode_png
+from jaxrobust.data.decoding import encode_png
 from jaxrobust.data.packages import package_file
 
 DIGITS = tuple("0123456789")

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from jaxrobust.data.builders import DIGITS, image_features
-from jaxrobust.data.dataset import encode_png
+from jaxrobust.data.decoding import encode_png
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"

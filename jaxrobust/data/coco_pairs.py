@@ -36,7 +36,7 @@ def coco_pairs(
         captions: of each image at most, in the order of COCO's ids, >= 1.
         on_bad: as for `pair_source`: what is done about empty and repeated captions.
         data_dir: where prepared sets live; None is `$TFDS_DATA_DIR` or ~/tensorflow_datasets. The
-            unpacked archives are looked for in its downloads/manual/coco.
+            unpacked archives of the split are looked for in its downloads/manual/coco.
 
     Returns:
         The pairs; an index is COCO's annotation id.
@@ -54,10 +54,11 @@ def coco_pairs(
     check_on_bad(on_bad)
     import tensorflow_datasets as tfds
 
-    builder = prepared(Entry("jaxrobust.data.coco", "JaxrobustCocoCaptions", config=year), data_dir)
+    entry = Entry("jaxrobust.data.coco", "JaxrobustCocoCaptions", config=f"{split}{year}")
+    builder = prepared(entry, data_dir)
     raw = {"image": tfds.decode.SkipDecoding()}
     stored = builder.as_data_source(split, decoders=raw)
-    images = builder.info.metadata[split]
+    images = builder.info.metadata["images"]
     place_of = {str(number): place for place, (number, _) in enumerate(images)}
     rows = [
         Row(identity, str(number), text)

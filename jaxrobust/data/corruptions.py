@@ -63,6 +63,8 @@ def corrupt(
     images = np.asarray(images)
     indices = range(len(images)) if indices is None else indices
     check_images(images)
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
     _check(images, name, severity, indices)
     apply = package().corrupt
     whole = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
@@ -108,8 +110,8 @@ def _check(images, name, severity, indices):
         raise ValueError(f"name must be one of {', '.join(CORRUPTIONS)}, got {name!r}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
-    if len(indices) != len(images):
-        raise ValueError(f"indices must be {len(images)} numbers, got {len(indices)}")
+    if len(indices) != len(images) or (len(indices) and np.min(indices) < 0):
+        raise ValueError(f"indices must be {len(images)} numbers >= 0, got {indices}")
 
 
 def _number(*words: int) -> int:

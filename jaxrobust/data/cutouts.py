@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from jaxrobust.data.builders import image_features
-from jaxrobust.data.dataset import encode_png
+from jaxrobust.data.decoding import encode_png
 from jaxrobust.data.packages import require
 from jaxrobust.data.pictures import (
     STAMP_CLASSES,

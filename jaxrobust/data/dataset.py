@@ -1,19 +1,18 @@
 """What a data set is: arrays in memory (Dataset) or records decoded when asked for (Source)."""
 
 import dataclasses
-import io
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from jaxrobust.data.packages import require
+from jaxrobust.data.decoding import decoded_or_none, decoding_pool, stored_shape
 
-# Beyond this, arrays in memory are refused and the reader is pointed at `source`.
-MAX_EAGER_BYTES = 4 * 1024**3
+# Labels of a set without class names beyond this are ids of something else.
+_MOST_CLASSES = 10**6
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -45,11 +44,12 @@ class Dataset:
             class_names: one per class; None calls them "0", "1", ...
 
         Raises:
-            TypeError, ValueError: as `check_dataset`.
+            TypeError, ValueError: as `check_dataset`; or there are more classes than 10^6, and
+                no names for them.
         """
         labels = np.asarray(labels)
         if class_names is None:
-            class_names = map(str, range(int(labels.max(initial=0)) + 1))
+            class_names = map(str, range(_classes_of(labels)))
         rows = np.arange(len(labels), dtype=np.int32)
         dataset = cls(np.asarray(images), labels, rows, tuple(class_names))
         check_dataset(dataset)
@@ -83,6 +83,16 @@ class Dataset:
             indices=self.indices[rows],
             salience=None if self.salience is None else self.salience[rows],
         )
+
+
+def _classes_of(labels):
+    """How many classes labels without names have."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels must be whole numbers, got {labels.dtype}")
+    most = int(labels.max(initial=0))
+    if most >= _MOST_CLASSES:
+        raise ValueError(f"labels must be numbers of classes or come with class_names, got {most}")
+    return most + 1
 
 
 def check_images(images: Any, bounds: tuple[float, float] | None = (0.0, 1.0)) -> np.ndarray:
@@ -229,35 +239,18 @@ class Source:
         indices = np.array([record.index for record in records], np.int32)
         return Examples(images, labels, indices, salience)
 
-    def _decode(self, record: Record) -> UInt8[np.ndarray, "h w c"] | None:
-        return _decoded_or_none(record.encoded, self.channels, self.size)
+    def _decode(self, record: Record) -> np.ndarray | None:
+        return decoded_or_none(record.encoded, self.channels, self.size, self.levels)
 
     def _decode_salience(self, record: Record) -> UInt8[np.ndarray, "h w 1"] | None:
         # Before any resizing, after which a map of another shape would be displaced unnoticed.
-        shape, expected = _stored_shape(record.salience), _stored_shape(record.encoded)
+        shape, expected = stored_shape(record.salience), stored_shape(record.encoded)
         if shape != expected:
             raise ValueError(
                 f"the salience map of {record.origin} must have its image's size {expected}, "
                 f"got {shape}"
             )
-        return _decoded_or_none(record.salience, 1, self.size)
-
-
-def _decoded_or_none(encoded: bytes, channels: int, size: int | None) -> np.ndarray | None:
-    try:
-        return decode_image(encoded, channels, size)
-    except (OSError, SyntaxError, ValueError):  # what pillow raises on a damaged file
-        return None
-
-
-def _stored_shape(encoded: bytes) -> tuple[int, int] | None:
-    """(height, width) from an image file's header; None if it is damaged."""
-    image_module = require("PIL.Image", "pillow", "decoding images")
-    try:
-        with image_module.open(io.BytesIO(encoded)) as opened:
-            return opened.height, opened.width
-    except (OSError, SyntaxError, ValueError):
-        return None
+        return decoded_or_none(record.salience, 1, self.size)
 
 
 def _stack(
@@ -286,68 +279,6 @@ def _stack(
     return stacked
 
 
-def decode_image(encoded: bytes, channels: int, size: int | None) -> UInt8[np.ndarray, "h w c"]:
-    """Decodes an image file; with `size`, resizes the shorter side to it and crops the centre.
-
-    Args:
-        encoded: the bytes of a file in any format that pillow reads.
-        channels: 1 for grey, 3 for RGB; the image is converted.
-        size: side of the square result in pixels, or None.
-
-    Returns:
-        [h, w, channels] uint8.
-    """
-    image_module = require("PIL.Image", "pillow", "decoding images")
-    with image_module.open(io.BytesIO(encoded)) as opened:
-        image = opened.convert("L" if channels == 1 else "RGB")
-    if size is not None and image.size != (size, size):
-        width, height = image.size
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        image = image.resize((width, height), image_module.Resampling.BILINEAR)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
-
-
-def is_readable(encoded: bytes) -> bool:
-    """Whether an image file can be decoded to its end.
-
-    A JPEG is decoded at an eighth of its size, which reads all of its bytes in a fraction of the
-    time.
-
-    Args:
-        encoded: the bytes of the file.
-    """
-    image_module = require("PIL.Image", "pillow", "decoding images")
-    try:
-        with image_module.open(io.BytesIO(encoded)) as opened:
-            opened.draft("RGB", (1, 1))
-            opened.load()
-    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError):
-        return False
-    return True
-
-
-def encode_png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
-    """The PNG file of an image: [h, w, 1] grey or [h, w, 3] RGB, uint8."""
-    image_module = require("PIL.Image", "pillow", "encoding images")
-    stream = io.BytesIO()
-    squeezed = image[..., 0] if image.shape[-1] == 1 else image
-    image_module.fromarray(squeezed).save(stream, format="PNG")
-    return stream.getvalue()
-
-
-@contextmanager
-def decoding_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for `Source.take`; pillow releases the interpreter lock while it decodes."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="jaxrobust-decode")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def to_memory(source: Source, workers: int = 4) -> Dataset:
     """Decodes a whole source into arrays.
 
@@ -359,18 +290,26 @@ def to_memory(source: Source, workers: int = 4) -> Dataset:
         The data set, in the source's order.
 
     Raises:
-        ValueError: the arrays would take more than `MAX_EAGER_BYTES`.
+        ValueError: the arrays would take more than half of the machine's memory.
     """
     first = source[0]
     shape = first["image"].shape
     pixels = first["image"].size + (first["salience"].size if "salience" in first else 0)
-    needed = 4 * len(source) * pixels
-    if needed > MAX_EAGER_BYTES:
+    needed, most = 4 * len(source) * pixels, eager_limit()
+    if needed > most:
         raise ValueError(
             f"{len(source)} images of {shape} take {needed / 1024**3:.1f} GiB as float32, more "
-            f"than {MAX_EAGER_BYTES / 1024**3:.0f}: use jaxrobust.data.source, whose batches are "
-            "decoded as they are needed, or a slice such as split='train[:10%]'"
+            f"than half of the memory, {most / 1024**3:.1f}: use jaxrobust.data.source, whose "
+            "batches are decoded as they are needed, or a slice such as split='train[:10%]'"
         )
     with decoding_pool(workers) as pool:
         images, labels, indices, salience = source.take(range(len(source)), pool)
     return Dataset(images, labels, indices, source.class_names, salience)
+
+
+def eager_limit() -> int:
+    """Bytes that arrays of a whole split may take: half of the memory, or 4 GiB if nobody tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 4 * 1024**3

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from jaxrobust.data.builders import image_features
 from jaxrobust.data.cutouts import SPLITS, split_by_family
-from jaxrobust.data.dataset import encode_png
+from jaxrobust.data.decoding import encode_png
 from jaxrobust.data.packages import require
 from jaxrobust.data.pictures import TWEMOJI_CLASSES, Picture, twemoji_pictures
 

@@ -13,13 +13,25 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def _images_under(folder: Path) -> list[Path]:
+    """Image files at any depth, sorted; what is hidden is left out."""
+    found = []
     # Splits and classes are often links to where the files are.
-    found = (
-        Path(where) / name
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    )
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where) / name for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+
+
+def _folders_of(path: Path) -> list[Path]:
+    return [one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")]
+
+
+def _classes(root: Path, top: Path) -> tuple[str, ...]:
+    """Names of the classes of all splits: a split that lacks one must not shift the others."""
+    tops = {top}
+    if top != root:
+        tops |= {one for one in _folders_of(root) if one.name.lower() in _SPLITS}
+    return tuple(sorted({one.name for split in tops for one in _folders_of(split)}))
 
 
 def _split_root(path: Path, split: str) -> Path:
@@ -48,25 +60,26 @@ def folder_source(
         size: side in pixels to resize and centre-crop to; None needs images of one shape.
 
     Returns:
-        The source. Labels follow the sorted class names; an index is the file's place among the
-        sorted files of the whole folder, all splits together.
+        The source. Labels follow the sorted class names of all splits together (train, val, test
+        and the like), of which this one may lack some; an index is the file's place among the
+        sorted files of the whole folder.
 
     Raises:
-        ValueError: no such folder or split, no classes in it, or a class without images.
+        ValueError: no such folder or split, no classes in it, or a class's folder without images.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ValueError(f"path must be a folder with one sub-folder per class, got {root}")
     require("PIL.Image", "pillow", f"the image folder {root}")
     top = _split_root(root, split)
-    classes = sorted(
-        child.name for child in top.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
-    if not classes:
+    if not _folders_of(top):
         raise ValueError(f"no classes: {top} holds no sub-folders")
+    classes = _classes(root, top)
     index_of = {file: index for index, file in enumerate(_images_under(root))}
     examples: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
+        if not (top / name).is_dir():
+            continue
         files = _images_under(top / name)
         if not files:
             raise ValueError(f"class folder {top / name} holds no images ({', '.join(SUFFIXES)})")
@@ -76,7 +89,7 @@ def folder_source(
         chosen = [examples[position] for position in positions]
         return [Record(f.read_bytes(), label, index_of[f], str(f)) for f, label in chosen]
 
-    return Source(read, len(examples), tuple(classes), channels=3, size=size)
+    return Source(read, len(examples), classes, channels=3, size=size)
 
 
 def load_folder(

@@ -142,8 +142,9 @@ def _region_rows(records: list, root: Path, phrases: int, seed: int) -> Iterator
     for number, record in enumerate(records):
         record = record if isinstance(record, dict) else {}
         regions = record.get("regions") or []
-        identity = record.get("id", regions[0].get("image_id") if regions else None)
-        if not isinstance(identity, int):
+        sound = isinstance(regions, list) and all(isinstance(one, dict) for one in regions)
+        identity = record.get("id", regions[0].get("image_id") if sound and regions else None)
+        if not (sound and isinstance(identity, int) and 0 <= identity < 2**32):
             yield Row(number, None, None, broken=True)
             continue
         names = [str(Path(folder) / f"{identity}.jpg") for folder in _VISUAL_GENOME_FOLDERS]

@@ -19,13 +19,8 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from jaxrobust.data.dataset import (
-    Record,
-    Source,
-    decoding_pool,
-    is_readable,
-    to_memory,
-)
+from jaxrobust.data.dataset import Record, Source, to_memory
+from jaxrobust.data.decoding import decoding_pool, is_readable
 from jaxrobust.data.packages import require
 from jaxrobust.data.pair_faults import check_on_bad, row_faults, sift
 from jaxrobust.data.pair_tables import read_rows
@@ -247,7 +242,7 @@ def _image_faults(files: Sequence[Path], verify: bool, workers: int) -> Iterator
             if not verify:
                 return "" if file.is_file() else "image missing"
             encoded = file.read_bytes()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             return "image missing"
         return "" if is_readable(encoded) else "image corrupt"
 

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from jaxrobust.data.dataset import Source, check_images, decoding_pool
+from jaxrobust.data.dataset import Source, check_images
+from jaxrobust.data.decoding import decoding_pool
 
 _AT_ONCE = 512  # images that are decoded together where all are looked at
 

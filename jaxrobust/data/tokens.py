@@ -115,6 +115,9 @@ class Tokenizer:
         try:
             content["definition"] = _canonical(json.dumps(content["definition"]))
             loaded = cls(**content)
+            for name in ("length", "start", "end"):
+                if type(content[name]) is not int:
+                    raise TypeError(f"{name} must be a whole number, got {content[name]!r}")
             _built(loaded.definition)
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: a damaged tokenizer: {error}") from error

@@ -119,6 +119,9 @@ def _text_arrays(path, state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.nd
 
 def _config(path, arrays, heads: int | None, activation: str) -> dict[str, Any]:
     """Arguments of `text_encoder`."""
+    for name in ("token_embed", "pos_embed", "proj", "blocks.0.mlp.fc1.weight"):
+        if arrays[name].ndim != 2:
+            raise CheckpointError(f"{path}: {name} must be a matrix, got {arrays[name].shape}")
     vocabulary, width = arrays["token_embed"].shape
     heads = heads or max(width // HEAD_WIDTH, 1)
     if width % heads:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from io import BufferedIOBase
 from typing import Any, NamedTuple
 
+# Values that functions may be handed, for each byte of the file.
+_COPIES = 4
 _KEYS = str | bytes | int | float | None  # hashing a deeply nested tuple would exhaust the C stack
 
 
@@ -21,13 +23,18 @@ class Named(NamedTuple):
 
 
 class _Machine(NamedTuple):
-    """The stack below the last mark is kept in `marks`; `memo` holds what is referred to again."""
+    """The stack below the last mark is kept in `marks`; `memo` holds what is referred to again.
+
+    `room` is a list of one number: how many more values may be handed to functions, which copy
+    them. A few bytes can hand them a long list again and again.
+    """
 
     stack: list[Any]
     marks: list[list[Any]]
     memo: dict[int, Any]
     names: Mapping[str, Callable[..., Any] | None]
     storage: Callable[[Any], Any]
+    room: list[int]
 
 
 def interpret(
@@ -50,9 +57,11 @@ def interpret(
         ValueError: the stream is cut off, is no pickle, or asks for anything else; the message
             names the opcode or the object that was refused.
     """
-    machine = _Machine([], [], {}, names, storage or _no_storage)
+    bounded = _Bounded(stream)
+    room = [_COPIES * (bounded.end - stream.tell())]
+    machine = _Machine([], [], {}, names, storage or _no_storage, room)
     try:
-        for opcode, argument, _ in pickletools.genops(_Bounded(stream)):
+        for opcode, argument, _ in pickletools.genops(bounded):
             if opcode.name == "STOP":
                 return machine.stack.pop()
             if opcode.name in _LITERALS:
@@ -165,6 +174,9 @@ def _reduce(machine: _Machine, _: Any) -> None:
     if not isinstance(function, Named) or function.call is None or type(arguments) is not tuple:
         called = function.name if isinstance(function, Named) else type(function).__name__
         raise ValueError(f"refused: a call of {called}")
+    machine.room[0] -= sum(len(one) for one in arguments if isinstance(one, list | tuple))
+    if machine.room[0] < 0:
+        raise ValueError("refused: more values than the file can have described")
     machine.stack.append(function.call(*arguments))
 
 

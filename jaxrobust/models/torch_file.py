@@ -227,7 +227,7 @@ def _storage(identity: Any) -> _Storage:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     whole = [offset, *_sizes(shape), *_sizes(strides)]
-    if not isinstance(storage, _Storage) or len(shape) != len(strides) or len(shape) > 32:
+    if not isinstance(storage, _Storage) or len(shape) != len(strides):
         raise ValueError("damaged: a tensor without a storage, or with a wrong shape")
     if not all(isinstance(n, int) and n >= 0 for n in whole):
         raise ValueError("damaged: a tensor's offset, shape or strides are no counts")
@@ -238,8 +238,12 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
+# Of numpy's arrays.
+_MOST_AXES = 32
+
+
 def _sizes(value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, tuple | list):
+    if not isinstance(value, tuple | list) or len(value) > _MOST_AXES:
         raise ValueError(f"damaged: a tensor's shape is a {type(value).__name__}")
     return tuple(value)
 

@@ -104,9 +104,9 @@ def fit(
         evaluate: (epoch, variables, trust) -> numbers for the history, after each epoch; as JSON
             has them.
         directory: where checkpoints go; a run that is there is gone on with, and ends bit-equal to
-            one that was never stopped (on GPUs as of `training.fit`). It must have the same pairs and settings; of images on disk
-            only which they are is compared, not what the files hold, and of functions the name
-            and what a `functools.partial` holds.
+            one that was never stopped (on GPUs as of `training.fit`). It must have the same pairs
+            and settings; of images on disk only which they are is compared, not what the files
+            hold, and of functions the name and what a `functools.partial` holds.
         save_every: seconds between checkpoints.
         progress: show a progress bar.
         label: of the bar.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxrobust.data.dataset import decode_image
+from jaxrobust.data.decoding import decode_image
 from jaxrobust.salience.maps import check_area, check_maps
 
 Box = tuple[float, float, float, float]
