@@ -107,7 +107,7 @@ def _length(x):
 
 
 def _divide(x, eps):
-    """X / eps, and 0 where the radius is 0."""
+    """Quotient x / eps, and 0 where the radius is 0."""
     return jnp.where(eps > 0, x / jnp.where(eps > 0, eps, 1), 0)
 
 

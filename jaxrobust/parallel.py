@@ -144,6 +144,17 @@ def replicate(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return jax.device_put(jax.tree.map(local, tree), where)
 
 
+def place(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """A batch of host arrays over the mesh, as of `shard_batch`, or on the default device."""
+    return jax.device_put(tree) if mesh is None else shard_batch(tree, mesh)
+
+
+def rounded(size: int, mesh: Mesh | None) -> int:
+    """The next number of examples that the devices share evenly."""
+    devices = 1 if mesh is None else mesh.size
+    return -(-size // devices) * devices
+
+
 def own_rows(count: int) -> np.ndarray:
     """Which of `count` rows this process works on: as many as every other, the last row repeated.
 

@@ -288,7 +288,7 @@ def test_validation_is_every_so_many_epochs_and_after_the_last():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs must be >= 1, got 0"),
+        ({"epochs": 0}, "epochs must be a whole number >= 1, got 0"),
         ({"validate_every": 0}, "validate_every must be >= 1, got 0"),
         ({"log_every": 0}, "log_every must be >= 1, got 0"),
         ({"save_steps": 0}, "save_steps must be >= 1, got 0"),

@@ -333,7 +333,7 @@ def test_an_epoch_with_a_schedule_of_eps_and_rate_is_one_trace():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulate": 0}, "accumulate must be >= 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be a whole number >= 1, got 0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"ema_decay must be in \[0, 1\), got -0.1"),
     ],

@@ -1,4 +1,8 @@
-"""Attacks as values: pure functions of a loss, a batch and a key."""
+"""Attacks as values: pure functions of a loss, a batch and a key.
+
+attack = linf_pgd(8 / 255, steps=20)
+x_adv = attack(loss_fn, x, key, args=(variables, labels))  # raises loss_fn(x, variables, labels)
+"""
 
 from jaxrobust.attacks.adaptive import bpda, eot, feature_match, latent_distance, transfer
 from jaxrobust.attacks.apgd import APGD, ClassifierAPGD, apgd, apgd_ce, apgd_dlr, apgd_t

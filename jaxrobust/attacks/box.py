@@ -24,7 +24,7 @@ def rounded(values: Array, dtype: DTypeLike) -> Array:
 
 @jax.jit(static_argnums=3)
 def finish(x: Array, delta: Array, eps: Array, bounds: tuple[float, float]) -> Array:
-    """X + delta in x's own precision, never further from x than delta and the box say."""
+    """The image x + delta in x's precision, never further from x than delta and the box say."""
     base = x.astype(delta.dtype)
     x_adv = rounded(base + delta, x.dtype)
     if x.dtype != delta.dtype:

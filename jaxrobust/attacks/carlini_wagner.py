@@ -62,8 +62,8 @@ class CWL2(nearest.MinimumNorm):
             static=(logits_fn, targeted, self.steps, self.bounds),
             form=self.loop,
         )
-        last = (logits_fn, targeted, "l2", nearest.PUSHES)
-        return nearest.finish(last, x, operands[0], args, carry[-1])
+        ending = nearest.Ending(logits_fn, targeted, "l2")
+        return nearest.finish(ending, x, operands[0], args, carry[-1])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -187,7 +187,7 @@ def break_batch(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _rounded(search, logits_fn, bounds, x, x_adv, rows, args):
-    """X_adv in x's own precision, in ball and box, where it is misclassified so too; else x."""
+    """The image x_adv in x's precision, inside, where it is misclassified so too; else x."""
     x_adv = box.finish(x, x_adv - rows.x, rows.eps, bounds)
     holds = scheduler.confirmed(search, logits_fn, x_adv, rows, args)
     return jnp.where(inputs.wide(holds, x), x_adv, x)

@@ -54,8 +54,8 @@ class DeepFool(nearest.MinimumNorm):
             static=(logits_fn, targeted, self.norm, self.bounds),
             form=self.loop,
         )
-        last = (logits_fn, targeted, self.norm, nearest.PUSHES)
-        return nearest.finish(last, x, operands[0], args, carry[-1], carry[0])
+        ending = nearest.Ending(logits_fn, targeted, self.norm)
+        return nearest.finish(ending, x, operands[0], args, carry[-1], carry[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)

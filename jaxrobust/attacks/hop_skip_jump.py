@@ -96,8 +96,8 @@ class HopSkipJump:
         carry = loop.iterate(
             _hop, carry, self.steps, operands=operands, static=static, form="fused"
         )
-        last = (logits_fn, targeted, self.norm, nearest.HARD_PUSHES)
-        return nearest.finish(last, x, operands[0], args, carry[-1])
+        ending = nearest.Ending(logits_fn, targeted, self.norm, nearest.HARD_PUSHES, by_class=True)
+        return nearest.finish(ending, x, operands[0], args, carry[-1])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -63,7 +63,8 @@ class DDN(nearest.MinimumNorm):
         )
         # Pushed outwards, a pixel would leave its level.
         pushes = nearest.PUSHES if self.levels is None else (0.0,)
-        return nearest.finish((logits_fn, targeted, "l2", pushes), x, frame, args, best, x_adv)
+        ending = nearest.Ending(logits_fn, targeted, "l2", pushes)
+        return nearest.finish(ending, x, frame, args, best, x_adv)
 
 
 @jax.jit
@@ -156,8 +157,8 @@ class FMN(nearest.MinimumNorm):
             static=(logits_fn, targeted, self.norm, self.steps, nearest.widths(self.bounds)),
             form=self.loop,
         )
-        last = (logits_fn, targeted, self.norm, nearest.PUSHES)
-        return nearest.finish(last, x, frame, args, best, x_adv)
+        ending = nearest.Ending(logits_fn, targeted, self.norm)
+        return nearest.finish(ending, x, frame, args, best, x_adv)
 
 
 @jax.jit

@@ -218,9 +218,28 @@ def look(
     return nearer(best, x_adv, size, success), success, size
 
 
+class Ending(NamedTuple):
+    """How an attack's results are looked at once more; compiled for.
+
+    Attributes:
+        logits_fn: (x, *args) -> [b, classes].
+        targeted: whether the classes of the frame are wanted.
+        norm: of the attack.
+        pushes: shares of itself by which a result is moved outwards, tried in turn until it holds.
+        by_class: whether the class alone decides, as in attacks that see nothing else; otherwise
+            its margin must be beyond rounding.
+    """
+
+    logits_fn: LogitsFn
+    targeted: bool
+    norm: str
+    pushes: tuple[float, ...] = PUSHES
+    by_class: bool = False
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def finish(
-    static: tuple[LogitsFn, bool, str, tuple[float, ...]],
+    ending: Ending,
     x: Array,
     frame: Frame,
     args: tuple,
@@ -230,8 +249,7 @@ def finish(
     """The answer in x's own precision, looked at once more.
 
     Args:
-        static: (logits_fn, targeted, norm, pushes); `pushes` are the shares of itself by which a
-            result is moved outwards, tried in turn until it holds.
+        ending: how.
         x: the images as they came.
         frame: the batch.
         args: what `logits_fn` takes besides x.
@@ -241,11 +259,11 @@ def finish(
     Returns:
         x_adv, of x's shape and type; x itself where nothing was found or needed.
     """
-    logits_fn, targeted, norm, pushes = static
+    pushes, targeted, norm = ending.pushes, ending.targeted, ending.norm
 
     def holds(x_adv, moved):
-        logits = logits_fn(box.rounded(x_adv, x.dtype), *args)
-        if pushes == HARD_PUSHES:
+        logits = ending.logits_fn(box.rounded(x_adv, x.dtype), *args)
+        if ending.by_class:
             return (logits.argmax(1) == frame.classes) == targeted
         return succeeded(logits, frame.classes, targeted, moved)
 
@@ -272,7 +290,7 @@ def finish(
 def gradient(
     loss_of_logits: Callable[[Array], Array], logits_fn: LogitsFn, x: Array, args: tuple
 ) -> tuple[Array, Any]:
-    """D loss_i / d x_i, made finite, and the logits, from one forward pass."""
+    """The gradient d loss_i / d x_i, made finite, and the logits, from one forward pass."""
 
     def summed(x):
         logits = logits_fn(x, *args)

@@ -143,7 +143,7 @@ def _step(static, i, carry, operands):
 
 
 def input_gradient(loss_fn: LossFn, x: Array, args: tuple = ()) -> Array:
-    """D loss_i / d x_i for every example i of the batch, [b, ...], finite or not.
+    """The gradient d loss_i / d x_i of every example i of the batch, [b, ...], finite or not.
 
     Raises:
         ValueError: the loss is not one number per example.
@@ -301,7 +301,7 @@ def l1_pgd(eps: Number = 12.0, steps: int = 10, step_size: Number | None = None,
 
 
 def fgsm(eps: Number = 8 / 255, norm: str = "linf", **options) -> PGD:
-    """The fast gradient sign method: one full step from x itself, in any of the norms.
+    """The fast gradient sign method: one step from x to the ball's edge, in any of the norms.
 
     Source: Goodfellow et al. 2015.
     """

@@ -163,7 +163,7 @@ class _Pool:
 
     def __init__(self, search, logits_fn, problem, args, mesh, slots):
         self.search, self.logits_fn, self.problem = search, logits_fn, problem
-        self.place = (lambda t: parallel.shard_batch(t, mesh)) if mesh else jax.device_put
+        self.place = functools.partial(parallel.place, mesh=mesh)
         self.args, self.slots = args, slots
         self.jobs = [None] * slots
         self.age = np.zeros(slots, int)

@@ -230,7 +230,7 @@ class Margin:
 def checked(
     logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, args: Any
 ) -> tuple[Array, Array, tuple]:
-    """X, labels and args; bounds and mask are the wrapped attack's to check."""
+    """What x, labels and args are, checked; bounds and mask are the wrapped attack's to check."""
     x, args = inputs.check_images(x, inputs.ANYWHERE), inputs.check_args(args)
     classes = classifier.class_count(logits_fn, x, args)
     return x, inputs.check_labels(labels, x.shape[0], classes), args

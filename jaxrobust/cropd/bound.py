@@ -110,19 +110,17 @@ def bound_report(
     keys = example_keys(key, len(images))
     look = partial(_look, defended.apply, taps)
     loss_fn = LossOfModel(defended.apply)
-    devices = 1 if mesh is None else mesh.size
-    size = -(-batch_size // devices) * devices
-    place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
+    size = parallel.rounded(batch_size, mesh)
     variables = parallel.replicate(variables, mesh)
     parts = []
     for rows in parallel.filled(np.arange(len(images)), size):
-        x, y, own = place((images[rows], labels[rows], keys[rows]))
+        x, y, own = parallel.place((images[rows], labels[rows], keys[rows]), mesh)
         x_adv = attack(loss_fn, x, own, args=(variables, y))
         parts.append(_terms(look(variables, x), look(variables, x_adv), y))
     stacked = [np.concatenate(column)[: len(images)] for column in zip(*parts, strict=True)]
     clean, adversarial, cosine, displacement, moved = stacked
-    rows = np.asarray(variables["params"]["head"]["kernel"], np.float64).T
-    head = scipy.spatial.distance.cdist(rows, rows).max(0)[labels]
+    head_rows = np.asarray(variables["params"]["head"]["kernel"], np.float64).T
+    head = scipy.spatial.distance.cdist(head_rows, head_rows).max(0)[labels]
     steep = np.divide(moved, displacement, out=np.zeros_like(moved), where=displacement > 0)
     if lipschitz is not None:
         steep = np.full(len(images), float(lipschitz))

@@ -49,9 +49,9 @@ def features(
     if defended.config.get("name") != "defended":
         raise ValueError(f"defended must be made by models.defend, got {defended.config}")
     images = check_images(images)
-    count, devices = len(images), 1 if mesh is None else mesh.size
+    count = len(images)
     mine = parallel.own_rows(count)
-    size = -(-min(batch_size, len(mine)) // devices) * devices
+    size = parallel.rounded(min(batch_size, len(mine)), mesh)
     batches = list(parallel.filled(mine, size))
     variables, look = parallel.replicate(variables, mesh), _Look(Features(defended))
     found = [

@@ -175,54 +175,55 @@ class _Terms(NamedTuple):
     def both(self, context, forward, images, x_adv, labels):
         if self.weights.clean:
             rebuilt, stats, taps = forward(jnp.concatenate([images, x_adv]), taps=("latent",))
-            clean, code = jnp.split(_flat(taps["latent"]), 2)
-            clean_image, image = jnp.split(rebuilt, 2)
-            error = _squared_error(clean_image, images)
+            code, code_adv = jnp.split(_flat(taps["latent"]), 2)
+            rebuilt, rebuilt_adv = jnp.split(rebuilt, 2)
+            error = _squared_error(rebuilt, images)
             total, metrics = self.weights.clean * error, {"squared_error": error.mean()}
         else:
             # Apart, so that the clean image is not rebuilt and no gradient runs through its code
             # unless a term asks for it: a third of the step.
-            clean = _flat(forward(images, taps=("latent",))[-1]["latent"])
-            image, stats, taps = forward(x_adv, taps=("latent",))
-            code, total, metrics = _flat(taps["latent"]), 0.0, {}
-        total += self.attacked(image, code, images, clean, context.axis_name)
+            code = _flat(forward(images, taps=("latent",))[-1]["latent"])
+            rebuilt_adv, stats, taps = forward(x_adv, taps=("latent",))
+            code_adv, total, metrics = _flat(taps["latent"]), 0.0, {}
+        total += self.attacked(rebuilt_adv, code_adv, images, code, context.axis_name)
         metrics |= {
-            "cosine": _closeness(code, clean).mean(),
-            "displacement": losses.squared_error(code, clean).mean(),
+            "cosine": _closeness(code_adv, code).mean(),
+            "displacement": losses.squared_error(code_adv, code).mean(),
         }
+        # Here and not in `attacked`: no attacked image is in it.
         if self.form != "alignment" and self.weights.contrast:
             crowd = losses.uniformity(
-                clean, temperature=self.temperature, axis_name=context.axis_name
+                code, temperature=self.temperature, axis_name=context.axis_name
             )
             metrics["uniformity"] = crowd.mean()
             if self.form == "reported":
                 total += self.weights.contrast * crowd
         return total, metrics, stats
 
-    def attacked(self, image, code, images, clean, axis_name):
+    def attacked(self, rebuilt_adv, code_adv, images, code, axis_name):
         """[b] all terms with x' in them: what the attack raises and the loss adds up.
 
         Args:
-            image: [b, h, w, c] rebuilt from the attacked code.
-            code: [b, d] of x'.
+            rebuilt_adv: [b, h, w, c] from the code of x'.
+            code_adv: [b, d] of x'.
             images: [b, h, w, c] x.
-            clean: [b, d] code of x.
+            code: [b, d] of x.
             axis_name: the mesh axis over which InfoNCE gathers its candidates.
         """
         weights, form = self.weights, self.form
-        anchor = clean if self.anchor_gradient == "both" else jax.lax.stop_gradient(clean)
-        total = jnp.zeros(len(code), code.dtype)
+        anchor = code if self.anchor_gradient == "both" else jax.lax.stop_gradient(code)
+        total = jnp.zeros(len(code_adv), code_adv.dtype)
         if weights.contrast and form == "info_nce":
             total += weights.contrast * losses.info_nce(
-                code, anchor, temperature=self.temperature, axis_name=axis_name
+                code_adv, anchor, temperature=self.temperature, axis_name=axis_name
             )
         elif weights.contrast:
             most = 1.0 if form == "alignment" else 0.0
-            total += weights.contrast * (most - _closeness(code, anchor)) / self.temperature
+            total += weights.contrast * (most - _closeness(code_adv, anchor)) / self.temperature
         if weights.denoising:
-            total += weights.denoising * _squared_error(image, images)
+            total += weights.denoising * _squared_error(rebuilt_adv, images)
         if weights.displacement:
-            total += weights.displacement * losses.squared_error(code, clean)
+            total += weights.displacement * losses.squared_error(code_adv, code)
         return total
 
 

@@ -1,4 +1,7 @@
-"""Robust evaluation."""
+"""Accuracy under attack: of one attack, along eps, of AutoAttack, and as a report with its card.
+
+report = evaluate(logits_fn, images, labels, threats={"linf": 8 / 255}, key=key, args=(variables,))
+"""
 
 from jaxrobust.evaluation.accuracy import LossOfModel, accuracy_curve, correct
 from jaxrobust.evaluation.auto_attack import AutoAttackResult, auto_attack, suite

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,10 +63,10 @@ def correct(
     count = len(labels)
     if mask is not None and np.shape(mask)[:3] != images.shape[:3]:
         raise ValueError(f"mask must be [n, h, w, 1] of {images.shape}, got {np.shape(mask)}")
-    batch_size = _batch_size(batch_size, count, mesh.size if mesh else 1)
+    batch_size = _batch_size(batch_size, count, mesh)
     objective = LossOfModel(apply, loss)
     keys = None if attack is None else example_keys(key, count)
-    place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
+    place = partial(parallel.place, mesh=mesh)
     right = []
     variables = parallel.replicate(variables, mesh)  # once, not with every batch
     batches = list(parallel.filled(np.arange(count), batch_size))
@@ -124,9 +125,9 @@ def accuracy_curve(
     if not len(eps) or min(eps) < 0:
         raise ValueError(f"eps must hold at least one radius, all >= 0, got {list(eps)}")
     count = len(labels)
-    batch_size = _batch_size(batch_size, count, mesh.size if mesh else 1)
+    batch_size = _batch_size(batch_size, count, mesh)
     keys = example_keys(key, count)
-    place = (lambda tree: parallel.shard_batch(tree, mesh)) if mesh else jax.device_put
+    place = partial(parallel.place, mesh=mesh)
     variables = parallel.replicate(variables, mesh)  # once, not with every batch
     standing = correct(
         apply, variables, images, labels, batch_size=batch_size, mesh=mesh, bounds=bounds
@@ -189,9 +190,9 @@ class LossOfModel:
         return self.loss(self.apply(variables, x), labels)
 
 
-def _batch_size(wanted, count, devices):
+def _batch_size(wanted, count, mesh):
     check_steps(wanted, "batch_size")
-    return -(-min(wanted, count) // devices) * devices
+    return parallel.rounded(min(wanted, count), mesh)
 
 
 def _checked(apply, variables, images, labels, bounds):

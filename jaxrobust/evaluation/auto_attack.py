@@ -157,8 +157,8 @@ def auto_attack(
 
     Raises:
         TypeError, ValueError: images, labels, key, eps, version or logits_fn are not of the form
-            above, an attack is of another threat, logits are not finite, or `state` holds another
-            evaluation. Before any attack is run.
+            above, an attack is of another threat, or logits are not finite.
+        CheckpointError: `state` holds another evaluation. Both before any attack is run.
     """
     images, labels, keys = given.check_examples(images, labels, indices, key, bounds)
     if version == "custom" and not attacks:

@@ -68,7 +68,7 @@ def _judged(name, figure, limit, found, advice, *, least=False):
 
 
 def _share(least, count):
-    """A share of the examples that is more than `least`, and more than a couple of them."""
+    """The limit: `least`, or the share that a couple of examples are, whichever is larger."""
     return max(least, COUPLE / count)
 
 

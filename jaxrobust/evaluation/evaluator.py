@@ -96,6 +96,7 @@ def evaluate(
     Raises:
         TypeError, ValueError: as `auto_attack`; or no threat, an unknown norm, an unknown
             corruption, or corruptions of images that are not in [0, 1].
+        CheckpointError: `out` holds another evaluation.
         ImportError: corruptions are asked for, and their package is not installed.
     """
     if not callable(suite) and suite not in ("standard", "plus"):

@@ -111,13 +111,11 @@ def report_card(
         raise ValueError(f"bounds must be finite, got {bounds}")
     balls.ball(norm)
     images, labels, keys = given.check_examples(images, labels, indices, key, bounds)
-    devices = mesh.size if mesh else 1
-    if mesh is not None:
-        args = parallel.replicate(args, mesh)
-        surrogates = [(other, parallel.replicate(theirs, mesh)) for other, theirs in surrogates]
+    args = parallel.replicate(args, mesh)
+    surrogates = [(other, parallel.replicate(theirs, mesh)) for other, theirs in surrogates]
     model = _Model(
         logits_fn, images, labels, keys, args, eps, norm, (low, high), draws * random,
-        -(-min(batch_size, len(images)) // devices) * devices, mesh,
+        parallel.rounded(min(batch_size, len(images)), mesh), mesh,
     )  # fmt: skip
     probed = model.probe(key)
     holds = _flags("white_box", white_box, len(labels))
@@ -175,11 +173,9 @@ class _Model(NamedTuple):
     def batched(self, function, *columns):
         """function(x, labels, keys, *columns) row by row, with the last batch filled up."""
         parts = []
-        for start in range(0, self.count, self.batch_size):
-            rows = np.minimum(np.arange(start, start + self.batch_size), self.count - 1)
-            chosen = [column[rows] for column in (self.images, self.labels, self.keys, *columns)]
-            if self.mesh is not None:
-                chosen = parallel.shard_batch(chosen, self.mesh)
+        columns = (self.images, self.labels, self.keys, *columns)
+        for rows in parallel.filled(np.arange(self.count), self.batch_size):
+            chosen = parallel.place(tuple(column[rows] for column in columns), self.mesh)
             parts.append(jax.tree.map(np.asarray, function(*chosen)))
         whole = lambda *leaves: np.concatenate(leaves)[: self.count]  # noqa: E731
         return jax.tree.map(whole, *parts)

@@ -82,6 +82,8 @@ def probe(
     signs = lambda number: width * ways[number].astype(x.dtype)  # noqa: E731
     moved = jnp.clip(x + JUMP_STEP * signs(0), *bounds)
 
+    # Point 0 is x, point 1 the one that was jumped to, and 2 k and 2 k + 1 are the two ends along
+    # way k; way 0 is the jump's.
     def ask(number):
         way = SLOPE_STEP * jnp.where(number % 2, 1, -1) * signs(number // 2)
         return forward(jnp.where(number == 1, moved, jnp.where(number == 0, x, inside + way)), 0)

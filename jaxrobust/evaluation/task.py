@@ -60,7 +60,7 @@ class Task(NamedTuple):
         last = len(self.images) - 1
         rows = np.minimum(np.arange(start, start + self.starts.step), last)
         columns = self.images[rows], self.labels[rows]
-        x, y = parallel.shard_batch(columns, self.mesh) if self.mesh else jax.device_put(columns)
+        x, y = parallel.place(columns, self.mesh)
         return x, y, self.keys[rows]
 
     def clean_pass(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -177,8 +177,7 @@ def run_suite(
 
 def _slots(batch_size, mesh):
     inputs.check_steps(batch_size, "batch_size")
-    devices = mesh.size if mesh else 1
-    return -(-(2 ** (int(batch_size).bit_length() - 1)) // devices) * devices
+    return parallel.rounded(2 ** (int(batch_size).bit_length() - 1), mesh)
 
 
 def radii_of(eps: Any, images: np.ndarray) -> np.ndarray:

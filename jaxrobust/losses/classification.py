@@ -68,7 +68,8 @@ def margin(logits: Float[Array, "b k"], labels: Integer[Array, "b"]) -> Float[Ar
         labels: [b] true classes in [0, k).
 
     Returns:
-        [b] margins in the unit of the logits: > 0 exactly where the example is misclassified.
+        [b] margins in the unit of the logits: > 0 where the example is misclassified, < 0 where it
+        is right, and 0 at a tie, which `argmax` gives to the class of the lower number.
 
     Raises:
         ValueError: shapes do not match, labels are out of range, fewer than 2 classes.

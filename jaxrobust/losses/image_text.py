@@ -105,7 +105,7 @@ def neighbour_contrastive(
         neighbours: [b, d] embeddings n, nearest to the other view of the same examples in a pool
             of earlier ones. No gradient reaches them.
         logit_scale: g > 0, the inverse temperature.
-        rows: over which of the two the softmax does not run.
+        rows: which of the two searches: the softmax runs over the other one.
         axis_name: mesh axis over which the candidates are gathered.
 
     Returns:

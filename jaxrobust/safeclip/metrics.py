@@ -185,7 +185,7 @@ def linear_probe(
         test_features: [m, d].
         test_labels: [m].
         classes: how many.
-        options: of `fit_head`: decay, iterations.
+        options: of `fit_head`: decay, scale, iterations.
 
     Raises:
         ValueError: as `fit_head`.

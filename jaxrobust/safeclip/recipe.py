@@ -45,13 +45,13 @@ class Recipe:
         threshold: weight from which a pair is safe at the first split.
         bounds: shares of safe pairs that are believed; outside, the best `fallback` are taken,
             and scores alone say which pairs join them later.
-        fallback: see there.
+        fallback: share of the pairs that is taken where `bounds` or `bimodal` say no.
         bimodal: believe the splitter only if the scores at the first split have two modes, as of
             `Mixture.is_bimodal`; otherwise too the best `fallback` are taken.
         growth: share of the pairs by which the safe set grows per epoch.
         cap: its largest share.
         train_risky: whether risky pairs go on in unimodal passes.
-        match_every: RoCLIP matches captions by its pool in every so manieth epoch.
+        match_every: RoCLIP matches captions by its pool in every `match_every`-th epoch.
     """
 
     method: str = "safeclip"

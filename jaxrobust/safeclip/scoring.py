@@ -84,10 +84,11 @@ class _Pairs(NamedTuple):
 def _over(pairs: _Pairs, look: "_Look", variables, batch_size, mesh, progress) -> Any:
     """`look` at all pairs, batch by batch, each process at its share; arrays of n rows."""
     check_steps(batch_size, "batch_size")
-    count, devices = len(pairs.images), 1 if mesh is None else mesh.size
+    count = len(pairs.images)
     keys = example_keys(pairs.key, count)
     variables = parallel.replicate(variables, mesh)
-    batches = list(parallel.filled(parallel.own_rows(count), -(-batch_size // devices) * devices))
+    size = parallel.rounded(batch_size, mesh)
+    batches = list(parallel.filled(parallel.own_rows(count), size))
 
     def read(rows: np.ndarray) -> tuple:
         return np.asarray(pairs.images[rows]), pairs.tokens[rows], keys[rows]

@@ -125,7 +125,8 @@ def running_maximum(scores: Scores, weights: Weights, *, below: float = np.inf) 
 def by_rank(scores: Scores) -> Weights:
     """The splitter without a model: the share of the scores that are not above one's own.
 
-    `first_split(weights, threshold=0.85)` is then the authors' first version, the best 15 %.
+    `first_split(weights, scores, threshold=0.85)` is then the authors' first version, the best
+    15 %.
     """
     scores = _checked(scores)
     return np.searchsorted(np.sort(scores), scores, side="right") / len(scores)
@@ -203,7 +204,7 @@ def first_split(
     Raises:
         ValueError: a share outside [0, 1].
     """
-    check_number("threshold", threshold, low=0)
+    check_number("threshold", threshold, low=0, high=1)
     for value in (*bounds, fallback):
         if not 0 <= value <= 1:
             raise ValueError(f"bounds and fallback must be shares in [0, 1], got {value}")

@@ -23,7 +23,7 @@ class Preset(NamedTuple):
         momentum: of SGD.
         weight_decay: as part of the gradient.
         decay: what the rate is multiplied by every `decay_epochs`.
-        decay_epochs: see there.
+        decay_epochs: epochs after which the rate is multiplied by `decay`, again and again.
         image_size: side in pixels; None takes the data's.
         refresh_after: epochs of plain adversarial training, after which maps are made anew every
             epoch from the current model (`fit_refreshed`); None: maps are fixed.

@@ -18,6 +18,7 @@ def fit_refreshed(
     dataset: Dataset,
     refresh: Callable[[dict, Dataset], Any],
     *,
+    batch_size: int,
     epochs: int,
     directory: str | Path,
     every: int = 1,
@@ -35,6 +36,7 @@ def fit_refreshed(
         dataset: training examples; maps that it carries are not used.
         refresh: (variables, dataset) -> maps [n, h, w, 1] in [0, 1], for instance
             `salience.top_fraction(salience.compute(method, model.apply, variables, ...), 0.2)`.
+        batch_size: over all devices and processes.
         epochs: passes over the data, all rounds together.
         directory: for checkpoints, metrics and maps.
         every: epochs of a round, >= 1.
@@ -53,17 +55,23 @@ def fit_refreshed(
         )
     none = np.zeros((*dataset.images.shape[:3], 1), np.float32)
     starts = ([0] if warmup else []) + list(range(warmup, epochs, every))
-    per_epoch = data.steps_per_epoch(dataset, options["batch_size"])
+    per_epoch = data.steps_per_epoch(dataset, batch_size)
     reached = checkpoint.latest_step(Path(directory) / "checkpoint") or 0
     for start, end in zip(starts, [*starts[1:], epochs], strict=True):
+        # `fit` would refuse the checkpoint of a later round. One that ended exactly here is run, to
+        # get its state.
         if end < epochs and reached > end * per_epoch:
             continue
         maps = none
         if start >= warmup:
             make = lambda rows: np.asarray(refresh(state.variables(), dataset))[rows]  # noqa: B023, E731
+            # Not the weights: a round that is resumed must find the maps that it began with.
             fingerprint = {"first_epoch": start}
             maps = salience.cached(Path(directory) / "maps", fingerprint, dataset.indices, make)
         annotated = salience.attach(dataset, maps)
-        fitted = fit(step, state, annotated, epochs=end, directory=directory, **options)
+        fitted = fit(
+            step, state, annotated, batch_size=batch_size, epochs=end, directory=directory,
+            **options,
+        )  # fmt: skip
         state = fitted.state
     return fitted

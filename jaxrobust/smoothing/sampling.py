@@ -133,7 +133,7 @@ def _tally_of(logits_fn, x, keys, sigma, start, first, samples, chunk, args, mes
     batch, total = len(x), first + samples
     classes = _classes(logits_fn, x, args)
     devices = mesh.size if mesh else 1
-    size = -(-max(size or batch, 1) // devices) * devices
+    size = parallel.rounded(max(size or batch, 1), mesh)
     if size // devices * total + 2 * chunk >= 2**31:
         raise ValueError(
             "samples times examples per device must be below 2^31, "

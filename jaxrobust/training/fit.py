@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxrobust import checkpoint, data, identity, parallel
+from jaxrobust.attacks.inputs import check_steps
 from jaxrobust.training.logging import metric_logger
 from jaxrobust.training.state import TrainState
 from jaxrobust.training.step import Step
@@ -245,8 +246,8 @@ def _check_finite(metrics: Mapping[str, Any], position: int) -> None:
 
 def _check_counts(**counts):
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+        if value is not None:
+            check_steps(value, name)
 
 
 def _record(loop, epoch, scores):

@@ -1,8 +1,9 @@
 """What a step trains for: standard, PGD adversarial training, TRADES, MART and guarded N-FGSM.
 
 An objective is two pure functions. `perturb` makes the adversarial batch, in inference mode and in
-float32; `loss` is what the optimizer lowers, in training mode. `with_awp` adds a third that moves
-the weights before the gradient is taken. A method of one's own is the same three functions.
+float32 unless the step says otherwise; `loss` is what the optimizer lowers, in training mode. A
+third one is optional: `move_weights`, which `with_awp` adds, moves the weights before the gradient
+is taken. A method of one's own is made of the same functions.
 """
 
 import dataclasses

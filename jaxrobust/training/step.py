@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrobust import identity, parallel
+from jaxrobust.attacks.inputs import check_steps
 from jaxrobust.keys import fold, numbered_keys
 from jaxrobust.models import AutoEncoder, Model
 from jaxrobust.training.objectives import Context, Objective
@@ -68,8 +69,7 @@ def train_step(
         raise TypeError(
             f"objective must be one, such as training.adversarial(attack), got {objective}"
         )
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be >= 1, got {accumulate}")
+    check_steps(accumulate, "accumulate")
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
 
