@@ -332,7 +332,7 @@ def test_a_second_size_of_batch_or_set_compiles_nothing_new():
         ({"function": lambda x: logits_fn(x)[:, :1]}, ValueError, "at least 2 classes"),
         ({"chosen": {}}, ValueError, "needs attacks"),
         ({"images": X.at[3].set(jnp.nan)}, ValueError, "images must lie in .* NaN"),
-        ({"indices": np.arange(BATCH) / 2}, ValueError, "indices must be whole numbers"),
+        ({"indices": np.arange(BATCH) / 2}, TypeError, "indices must be whole numbers"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_any_attack(change, error, message):

@@ -160,6 +160,11 @@ def test_examples_that_have_fallen_are_not_attacked_again():
         ({"attack": PGD}, ValueError, "key must be a typed key when an attack is given, got None"),
         ({"attack": PGD, "key": jnp.zeros(2, jnp.uint32)}, TypeError, "key must be typed"),
         ({"attack": PGD, "key": KEY, "images": IMAGES * 9}, ValueError, r"images must lie in"),
+        (
+            {"attack": attacks.apgd_ce("linf", 0.1), "key": KEY},
+            TypeError,
+            "accuracy under attack needs attacks called as attack.loss_fn, x, key",
+        ),
     ],
 )
 def test_bad_input_gives_a_clear_error(changes, error, message):

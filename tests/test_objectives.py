@@ -189,6 +189,12 @@ def test_a_negative_beta_is_refused(method):
         method(attacks.linf_pgd(0.1), -1.0)
 
 
+@pytest.mark.parametrize("method", [adversarial, trades, mart])
+def test_an_attack_on_a_classifier_is_refused(method):
+    with pytest.raises(TypeError, match=r"training needs attacks called as .* which takes labels"):
+        method(attacks.apgd_ce("linf", 0.1))
+
+
 # ---- adversarial weight perturbation ------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from jaxrobust.keys import fold
 from jaxrobust.training import Context, Objective
 from jaxrobust.training.objectives import (
     Schedule,
-    check_scalable,
+    check_attack,
     check_starts_off,
     described,
     scaled_attack,
@@ -99,7 +99,7 @@ def robust_autoencoder(
     """
     weights = Weights() if weights is None else weights
     _check(attack, weights, form, temperature, anchor_gradient, aim)
-    check_scalable(attack, eps_schedule)
+    check_attack(attack, eps_schedule)
     terms = _Terms(weights, form, temperature, anchor_gradient)
     if not any(weights[1:]):
         return Objective(lambda context, images, labels: (images, context.extra, {}), terms.plain)

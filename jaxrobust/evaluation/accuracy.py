@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from jaxrobust import losses, metrics, parallel
 from jaxrobust.attacks.inputs import check_labels, check_steps
+from jaxrobust.attacks.wrap import check_takes_loss
 from jaxrobust.data import check_images
 from jaxrobust.keys import example_keys
 
@@ -58,6 +59,8 @@ def correct(
         TypeError, ValueError: images, labels or key are not of the form above.
     """
     images, labels = _checked(apply, variables, images, labels, bounds)
+    if attack is not None:
+        check_takes_loss("accuracy under attack", attack)
     if attack is not None and key is None:
         raise ValueError("key must be a typed key when an attack is given, got None")
     count = len(labels)
@@ -120,6 +123,7 @@ def accuracy_curve(
             negative or does not rise.
     """
     images, labels = _checked(apply, variables, images, labels, bounds)
+    check_takes_loss("accuracy under attack", attack)
     if list(eps) != sorted(eps):
         raise ValueError(f"eps must rise, got {list(eps)}")
     if not len(eps) or min(eps) < 0:

@@ -47,10 +47,10 @@ def check_examples(
         raise ValueError(f"images must be [n, h, w, c] with n >= 1, got shape {images.shape}")
     inputs.check_images(images, bounds, "images")
     labels = np.asarray(labels)
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels must be [{len(images)}] whole numbers, got {labels.dtype} {labels.shape}"
-        )
+    if labels.shape != (len(images),):
+        raise ValueError(f"labels must be [{len(images)}] whole numbers, got {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels must be whole numbers, got {labels.dtype}")
     if np.ndim(key) != 0:
         raise ValueError(f"key must be one typed key, got shape {np.shape(key)}")
     check_key(key)
@@ -62,13 +62,13 @@ def check_indices(indices: Any, count: int) -> np.ndarray:
     """The examples' numbers in their data set, 0 .. count - 1 if `indices` is None.
 
     Raises:
-        ValueError: they are not [count] whole numbers.
+        TypeError, ValueError: they are not [count] whole numbers.
     """
     indices = np.arange(count) if indices is None else np.asarray(indices)
     if indices.shape != (count,):
         raise ValueError(f"indices must have shape {(count,)}, got {indices.shape}")
     if not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(f"indices must be whole numbers, got {indices.dtype}")
+        raise TypeError(f"indices must be whole numbers, got {indices.dtype}")
     return indices
 
 

@@ -30,12 +30,12 @@ def check_logits(logits, *, least: int, name: str = "logits") -> None:
 
 
 def check_labels(labels, batch: int, *, classes: int | None = None, name: str = "labels") -> None:
-    """Raise ValueError unless `labels` are [batch] integers, in [0, classes) if that is given."""
+    """Raise unless `labels` are [batch] integers, in [0, classes) if that is given."""
     shape, dtype = jnp.shape(labels), jnp.result_type(labels)
     if shape != (batch,):
         raise ValueError(f"{name} must have shape {(batch,)}, got {shape}")
     if not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers, got {dtype}")
+        raise TypeError(f"{name} must be integers, got {dtype}")
     values = known(labels) if classes is not None else None
     if values is not None and values.size and (values.min() < 0 or values.max() >= classes):
         raise ValueError(

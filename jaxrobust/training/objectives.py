@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from jaxrobust import identity, losses, parallel
 from jaxrobust.attacks.inputs import check_number
+from jaxrobust.attacks.wrap import check_takes_loss
 
 PyTree = Any
 Schedule = Callable[[Array], Array]
@@ -110,7 +111,7 @@ def adversarial(
 
     Source: Madry et al. 2018, eq. 2.1.
     """
-    check_scalable(attack, eps_schedule)
+    check_attack(attack, eps_schedule)
 
     def perturb(context, images, labels):
         x_adv = _attacked(attack, eps_schedule, context, images, labels)
@@ -138,7 +139,7 @@ def trades(attack: Any, beta: float = 6.0, *, eps_schedule: Schedule | None = No
     Source: Zhang et al. 2019, eq. 5 and algorithm 1.
     """
     check_number("beta", beta, low=0)
-    check_scalable(attack, eps_schedule)
+    check_attack(attack, eps_schedule)
     check_starts_off(attack, "the divergence from x's own answer")
 
     def perturb(context, images, labels):
@@ -169,7 +170,7 @@ def mart(attack: Any, beta: float = 5.0, *, eps_schedule: Schedule | None = None
     Source: Wang et al. 2020, eq. 11.
     """
     check_number("beta", beta, low=0)
-    check_scalable(attack, eps_schedule)
+    check_attack(attack, eps_schedule)
 
     def perturb(context, images, labels):
         x_adv = _attacked(attack, eps_schedule, context, images, labels)
@@ -218,7 +219,7 @@ def guarded_n_fgsm(
     if not 0 < gap < 1:
         raise ValueError(f"gap must be in (0, 1), got {gap}")
     for one in (attack, guard):
-        check_scalable(one, eps_schedule)
+        check_attack(one, eps_schedule)
 
     def perturb(context, images, labels):
         step, until = context.step, context.extra["rescue_until"]
@@ -322,7 +323,13 @@ def check_starts_off(attack: Any, distance: str) -> None:
         )
 
 
-def check_scalable(attack: Any, eps_schedule: Schedule | None) -> None:
-    """Refuses a schedule of eps for an attack that has none, such as one made of others."""
+def check_attack(attack: Any, eps_schedule: Schedule | None) -> None:
+    """Refuses an attack on a classifier, and a schedule of eps for an attack that has none.
+
+    Raises:
+        TypeError: the attack wants labels, where an objective hands it a loss.
+        ValueError: a schedule for an attack without an eps of its own, such as one made of others.
+    """
+    check_takes_loss("training", attack)
     if eps_schedule is not None and getattr(attack, "eps", None) is None:
         raise ValueError(f"eps_schedule needs an attack with an eps of its own, got {attack}")

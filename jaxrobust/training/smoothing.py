@@ -19,7 +19,7 @@ from jaxrobust.training.objectives import (
     Objective,
     Schedule,
     accuracy_of,
-    check_scalable,
+    check_attack,
     described,
     scaled_attack,
 )
@@ -112,7 +112,7 @@ def smooth_adv(
     classifiers), eq. 6 and algorithm SmoothAdv-ersarial training.
     """
     _check(sigma, samples)
-    check_scalable(attack, eps_schedule)
+    check_attack(attack, eps_schedule)
 
     def perturb(context, images, labels):
         drawn = _noise(context, images, sigma, samples)
