@@ -107,67 +107,34 @@ def fit(
         FloatingPointError: the loss is no finite number any more; looked at where it is logged,
             and before anything is saved.
     """
-    counts = {"epochs": epochs, "validate_every": validate_every, "log_every": log_every}
-    _check_counts(**counts, patience=patience, save_steps=save_steps)
+    _check_counts(
+        epochs=epochs, validate_every=validate_every, log_every=log_every, patience=patience,
+        save_steps=save_steps,
+    )  # fmt: skip
     if patience is not None and validate is None:
         raise ValueError(f"patience needs validate, got patience={patience} without it")
     mesh = parallel.data_mesh() if mesh is None else mesh
-    if batch_size % mesh.size:
-        raise ValueError(
-            f"batch_size must be divisible by the {mesh.size} devices, got {batch_size}"
-        )
-    if isinstance(dataset, data.Dataset):
-        data.check_dataset(dataset)
-    elif not isinstance(dataset, data.Source):
-        raise TypeError(
-            f"dataset must be a data.Dataset or data.Source, got {type(dataset).__name__}"
-        )
+    _check_examples(dataset, batch_size, mesh)
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)):
         raise ValueError("state must be fresh: an earlier call took its memory; create another")
     per_epoch = data.steps_per_epoch(dataset, batch_size)
     total = epochs * per_epoch
     run = parallel.data_parallel(step, mesh, mapping=mapping)
-    saving = directory is not None
-    folder = Path(directory or ".")
-    variables = state.variables(averaged=averaged)
-    best = jax.tree.map(np.asarray, variables) if validate else {}
-    order = {
+    best = jax.tree.map(np.asarray, state.variables(averaged=averaged)) if validate else {}
+    this_run = {
         "seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch,
         "data": _identity(dataset), "settings": identity.describe(dict(settings or {})),
         "key": identity.digest(jax.random.key_data(state.key.addressable_data(0))),
         "step": getattr(step, "config", None),
     }  # fmt: skip
-    loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
-    loop |= {"order": order, "validation_seconds": 0.0}
-    found = checkpoint.restore(folder / "checkpoint", (state, best)) if saving else None
-    if found is not None:
-        _, (state, best), loop = found
-        # On the host, as it was: several processes can save no array that lies on one device.
-        best = jax.tree.map(np.asarray, best)
-        identity.check_same_run(folder / "checkpoint", loop.get("order", {}), order)
+    saver = _Saver(directory, save_every, save_steps, log_every)
+    state, best, loop = saver.restored(state, best, this_run)
     position = int(state.step)
     if position > total:
         raise checkpoint.CheckpointError(
-            f"{folder / 'checkpoint'}: expected a run of {total} steps, epochs={epochs}, found one "
-            f"of {position}"
+            f"{saver.folder}: expected a run of {total} steps, epochs={epochs}, found one of "
+            f"{position}"
         )
-    begun = saved = time.monotonic()
-    earlier = loop["seconds"]
-
-    def save(metrics):
-        _check_finite(metrics, position)
-        loop["seconds"] = earlier + time.monotonic() - begun
-        checkpoint.save(folder / "checkpoint", position, (state, best), loop=loop)
-
-    def due():
-        if save_steps:
-            return position % save_steps == 0
-        late = time.monotonic() - saved > save_every
-        # All processes must save at the same step. Asking makes them wait, so it is seldom.
-        if jax.process_count() > 1:
-            return position % log_every == 0 and parallel.agreed(late)
-        return late
-
     first = jax.process_index() == 0
     batches = data.stream(
         dataset,
@@ -178,9 +145,11 @@ def fit(
         process_count=jax.process_count(),
     )
     ahead = data.prefetch(batches, lambda batch: parallel.shard_batch(batch, mesh))
-    resumed = None if found is None else position
     logger = metric_logger(
-        folder, tensorboard=tensorboard, resume_step=resumed, write=saving and first
+        directory or ".",
+        tensorboard=tensorboard,
+        resume_step=position if saver.resumed else None,
+        write=saver.folder is not None and first,
     )
     bar = tqdm(
         total=total, initial=position, desc=label, unit="step", disable=not (progress and first)
@@ -203,17 +172,15 @@ def fit(
                 asked = time.monotonic()
                 scores = validate(variables)
                 loop["validation_seconds"] += time.monotonic() - asked
-                better = _record(loop, epoch, scores)
-                if better:
+                if _record(loop, epoch, scores):
                     best = jax.tree.map(np.asarray, variables)
                 stopped = patience is not None and loop["waited"] >= patience
-            if saving and position < total and due():
-                save(metrics)
-                saved = time.monotonic()
+            if position < total and saver.is_due(position):
+                _check_finite(metrics, position)
+                saver.save(position, state, best, loop)
         jax.block_until_ready(state)
-    if saving and checkpoint.latest_step(folder / "checkpoint") != position:
-        save(metrics)
     _check_finite(metrics, position)
+    saver.save(position, state, best, loop)
     last = epochs if position == total else position // per_epoch
     return Fitted(
         state=state,
@@ -221,9 +188,70 @@ def fit(
         history=loop["history"],
         best_epoch=loop["best_epoch"] if validate else last,
         epochs=last,
-        seconds=earlier + time.monotonic() - begun,
+        seconds=saver.seconds,
         validation_seconds=loop["validation_seconds"],
     )
+
+
+class _Saver:
+    """Checkpoints of the state, of the best weights, and of where the loop stands."""
+
+    def __init__(self, directory, save_every: float, save_steps: int | None, log_every: int):
+        self.folder = None if directory is None else Path(directory) / "checkpoint"
+        self.save_every, self.save_steps, self.log_every = save_every, save_steps, log_every
+        self.begun = self.saved = time.monotonic()
+        self.earlier, self.resumed = 0.0, False
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, what came before a restart included."""
+        return self.earlier + time.monotonic() - self.begun
+
+    def restored(self, state: TrainState, best: dict, this_run: dict) -> tuple:
+        """(state, best, loop), of the checkpoint if there is one."""
+        loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
+        loop |= {"run": this_run, "validation_seconds": 0.0}
+        found = self.folder and checkpoint.restore(self.folder, (state, best))
+        if found:
+            _, (state, best), loop = found
+            identity.check_same_run(self.folder, loop.get("run", {}), this_run)
+            self.earlier, self.resumed = loop["seconds"], True
+        self.begun = self.saved = time.monotonic()
+        # On the host, as it was: several processes can save no array that lies on one device.
+        return state, jax.tree.map(np.asarray, best), loop
+
+    def is_due(self, position: int) -> bool:
+        """Whether it is time for a checkpoint."""
+        if self.folder is None:
+            return False
+        if self.save_steps:
+            return position % self.save_steps == 0
+        late = time.monotonic() - self.saved > self.save_every
+        # All processes must save at the same step. Asking makes them wait, so it is seldom.
+        if jax.process_count() > 1:
+            return position % self.log_every == 0 and parallel.agreed(late)
+        return late
+
+    def save(self, position: int, state: TrainState, best: dict, loop: dict) -> None:
+        """Saves, unless this very step is there already."""
+        if self.folder is None or checkpoint.latest_step(self.folder) == position:
+            return
+        loop["seconds"] = self.seconds
+        checkpoint.save(self.folder, position, (state, best), loop=loop)
+        self.saved = time.monotonic()
+
+
+def _check_examples(dataset, batch_size, mesh):
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"batch_size must be divisible by the {mesh.size} devices, got {batch_size}"
+        )
+    if isinstance(dataset, data.Dataset):
+        data.check_dataset(dataset)
+    elif not isinstance(dataset, data.Source):
+        raise TypeError(
+            f"dataset must be a data.Dataset or data.Source, got {type(dataset).__name__}"
+        )
 
 
 def _identity(dataset: data.Dataset | data.Source) -> str:
