@@ -120,7 +120,8 @@ def fit(
     per_epoch = data.steps_per_epoch(dataset, batch_size)
     total = epochs * per_epoch
     run = parallel.data_parallel(step, mesh, mapping=mapping)
-    best = jax.tree.map(np.asarray, state.variables(averaged=averaged)) if validate else {}
+    variables = state.variables(averaged=averaged)  # an error now if it keeps no average
+    best = jax.tree.map(np.asarray, variables) if validate else {}
     this_run = {
         "seed": seed, "batch_size": batch_size, "steps_per_epoch": per_epoch,
         "data": _identity(dataset), "settings": identity.describe(dict(settings or {})),
