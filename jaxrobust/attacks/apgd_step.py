@@ -170,7 +170,7 @@ def advance(
     Examples that have done all their iterations, or with `stop` are fooled, stay as they are.
     Without it a run goes on to its largest loss, and `found` is the fooling point of the largest.
     """
-    # Else a run that begins where there is no loss would find nothing larger.
+    # Nothing compares larger than NaN: a run that begins at one would never find anything better.
     loss = jnp.where(jnp.isnan(loss), -jnp.inf, loss)
     plan = table(norm, steps, large_radii)
     at = jnp.minimum(state.i, len(plan.gap) - 1)

@@ -42,7 +42,8 @@ class Rows(NamedTuple):
         labels: [b] true classes.
         targets: [b] classes aimed at in this round.
         eps: [b, ...] radii that broadcast to x.
-        keys: [b] typed keys of this example and round; on the host, data of the example's.
+        keys: [b] typed keys of this example and round; outside compiled code the raw data of the
+            example's key, of which `_with_keys` makes the round's.
         rounds: [b] the round's number.
     """
 

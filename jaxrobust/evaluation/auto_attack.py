@@ -195,7 +195,8 @@ def by_queries(chosen: Mapping[str, Any], broken_by: np.ndarray) -> np.ndarray |
     """
     squares = [name for name, attack in chosen.items() if isinstance(attack, Square)]
     others = len(chosen) - len(squares)
-    return np.isin(broken_by, squares) if others and list(chosen)[others:] == squares else None
+    last = list(chosen)[others:] == squares
+    return np.isin(broken_by, squares) if others and last else None
 
 
 def norm_of(attack: Any) -> str | None:

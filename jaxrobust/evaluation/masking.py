@@ -28,6 +28,8 @@ from jaxrobust.keys import fold
 # The iterative attack: its step in units of eps, its steps, and how many times more for the check.
 STEP, STEPS, LONGER = 0.1, 40, 4
 CURVE = (0.25, 0.5, 1.0, 2.0, 4.0)
+# Which numbers are folded into the examples' keys: the curve takes those from 0 on.
+_DRAW = {"longer": 100, "again": 101, "transfer": 200, "bpda": 300, "asked": 1000}
 
 LogitsFn = Callable[..., jax.Array]
 
@@ -203,7 +205,7 @@ class _Model(NamedTuple):
 
     def wrong(self, x):
         ask = lambda x, labels, keys, x_adv: probes.wrong(  # noqa: E731
-            self.logits_fn, self.draws, x_adv, labels, fold(keys, 1000), self.args
+            self.logits_fn, self.draws, x_adv, labels, fold(keys, _DRAW["asked"]), self.args
         )
         return self.batched(ask, x)
 
@@ -253,8 +255,10 @@ def _flags(name, flags, count):
 
 
 def _convergence(model, holds):
-    longer = model.ascend(model.eps, LONGER * STEPS, 100).broken
-    return checks.convergence(holds & (longer | model.ascend(model.eps, STEPS, 101).broken))
+    longer = model.ascend(model.eps, LONGER * STEPS, _DRAW["longer"]).broken
+    return checks.convergence(
+        holds & (longer | model.ascend(model.eps, STEPS, _DRAW["again"]).broken)
+    )
 
 
 def _transfer(model, holds, surrogates):
@@ -262,7 +266,7 @@ def _transfer(model, holds, surrogates):
         return checks.skipped("transfer", "no surrogates are given")
     only = np.zeros(model.count, bool)
     for source in surrogates:
-        x_adv = model.ascend(model.eps, STEPS, 200, source=source).x_adv
+        x_adv = model.ascend(model.eps, STEPS, _DRAW["transfer"], source=source).x_adv
         only |= holds & model.wrong(x_adv)
     advice = "gradients of the model itself are masked, so add transfer to the suite"
     return checks.beaten("transfer", only, "Transfer from surrogates", advice)
@@ -272,6 +276,6 @@ def _bpda(model, holds, preprocessor):
     if preprocessor is None:
         return checks.skipped("bpda", "no preprocessor is given")
     source = probes.StraightThrough(*preprocessor), model.args
-    only = holds & model.ascend(model.eps, STEPS, 300, source=source).broken
+    only = holds & model.ascend(model.eps, STEPS, _DRAW["bpda"], source=source).broken
     advice = "the pre-processor's own gradient is masked, so add BPDA to the suite"
     return checks.beaten("bpda", only, "BPDA", advice)

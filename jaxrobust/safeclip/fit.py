@@ -158,7 +158,7 @@ def fit(
     )  # fmt: skip
     with bar:
         while loop["epoch"] <= recipe.epochs:
-            if recipe.splits(loop["epoch"]) and loop["split"] != loop["epoch"]:
+            if recipe.splits(loop["epoch"]) and loop["last_split"] != loop["epoch"]:
                 score = functools.partial(
                     similarities, clip, state.variables(), images, tokens, views=views, mesh=local
                 )
@@ -169,7 +169,7 @@ def fit(
                     score,
                     jax.random.fold_in(jax.random.key(seed), _SCORES + loop["epoch"]),
                 )
-            work = passes(recipe, loop["epoch"], len(images), trust.safe, loop["first"])
+            work = passes(recipe, loop["epoch"], len(images), trust.safe, loop["first_share"])
             for number in range(loop["pass"], len(work)):
                 batches = _batches(images, tokens, work[number].rows, recipe, seed, loop, mesh)
                 if loop["step"] == 0:
@@ -188,7 +188,7 @@ def fit(
 def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.Array) -> Trust:
     """Scores all pairs and makes the epoch's safe set; the same one on all hosts."""
     found = score(scoring=recipe.scoring, draws=recipe.draws, neighbours=recipe.neighbours, key=key)
-    epoch, is_first = loop["epoch"], not loop["split"]
+    epoch, is_first = loop["epoch"], not loop["last_split"]
     if not is_first:
         found = recipe.memory * trust.scores + (1 - recipe.memory) * found
     # As a checkpoint holds them: a run that goes on must remember the same.
@@ -205,11 +205,11 @@ def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.A
                 stacklevel=3,
             )
     else:
-        count = safe_count(recipe.fraction(loop["first"], epoch), len(scores))
+        count = safe_count(recipe.fraction(loop["first_share"], epoch), len(scores))
         # Weights that were not believed do not say who comes next either.
         choose = most_similar if loop["fallback"] else largest
         safe = choose(weights, scores, count)
-    loop["split"] = epoch
+    loop["last_split"] = epoch
     trust = Trust(*map(parallel.from_first_process, (scores, weights, safe)))
     if trust.safe.sum() < recipe.batch_size:
         warnings.warn(
@@ -218,7 +218,7 @@ def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.A
             stacklevel=3,
         )
     if is_first:
-        loop["first"] = float(trust.safe.mean())
+        loop["first_share"] = float(trust.safe.mean())
     return trust
 
 
@@ -227,6 +227,7 @@ def _batches(
     loop: dict, mesh: Mesh,
 ) -> Iterator[Any]:  # fmt: skip
     """The pass's batches from where it stands, on their devices, each process its share."""
+    # An epoch has two passes at most, each with an order of its own.
     order = rows[data.epoch_order(len(rows), seed=seed, epoch=2 * loop["epoch"] + loop["pass"])]
     size, own, all_ = recipe.batch_size, jax.process_index(), jax.process_count()
     share = slice(own * size // all_, (own + 1) * size // all_)
@@ -274,7 +275,7 @@ def _close(loop: dict, state: TrainState, trust: Trust, evaluate) -> None:
     for kind, (total, count) in loop["losses"].items():
         entry[f"loss_{kind}"] = total / max(count, 1)
         entry[f"steps_{kind}"] = count
-    if loop["split"]:
+    if loop["last_split"]:
         entry |= {"safe_share": float(trust.safe.mean()), "fallback": loop["fallback"]}
     if evaluate is not None:
         found = evaluate(loop["epoch"], state.variables(), trust)
@@ -296,7 +297,7 @@ class _Saver:
     def restored(self, state, trust):
         """(state, trust, loop), of the checkpoint if there is one."""
         loop = {
-            "epoch": 1, "pass": 0, "step": 0, "split": 0, "first": 0.0, "fallback": "",
+            "epoch": 1, "pass": 0, "step": 0, "last_split": 0, "first_share": 0.0, "fallback": "",
             "losses": {}, "history": [], "seconds": 0.0, "settings": self.settings,
         }  # fmt: skip
         found = self.folder and checkpoint.restore(self.folder, (state, trust._asdict()))

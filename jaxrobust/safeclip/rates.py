@@ -133,6 +133,9 @@ def mixed_rates(plan: Plan, epoch: int, schedule: str) -> tuple[Rate, Rate]:
             )
             for steps in (safe, risky)
         )
+    # As the authors compute it: the safe set is taken to grow by 0.01 an epoch, whatever it does;
+    # a pass is taken for as long as the average one, or as this epoch's is; and both begin as if
+    # every epoch since the first of all training had been like it.
     count = plan.epochs - plan.first + 1
     total = sum((plan.fractions[0] + 0.01 * k) * plan.steps for k in range(count))
     average = int(total // count)
