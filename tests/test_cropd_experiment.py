@@ -346,11 +346,13 @@ def test_certificates_are_shown_by_radius(results):
     for one in record["cells"]:
         if one["key"]["method"] == "ours":
             held = [0.8, 0.5 if one["key"]["seed"] else 0.4]
-            one["metrics"] |= {"radii": [0.0, 0.1], "certified_accuracy": held}
+            one["metrics"] |= {"radii": [0.0, 0.1, 0.3], "certified_accuracy": [*held, 0.0]}
     results.write_text(json.dumps(record))
     lines = plots_cropd.certificates(results).splitlines()
-    assert lines[0] == "| certified, l2 |  | sigma | radius 0, % | radius 0.1, % |"
-    assert lines[2] == "| emoji | ours | 0.12 | 80.0 | 45.0 |"
+    header = "| certified, l2 |  | sigma | radius 0, % | radius 0.1, % | radius 0.3, % |"
+    assert lines[0] == header
+    # 1,000 samples at sigma 0.12 tell nothing beyond 0.296.
+    assert lines[2] == "| emoji | ours | 0.12 | 80.0 | 45.0 | beyond reach |"
     assert plots_cropd.readme_table(results).endswith(lines[2])
 
 
