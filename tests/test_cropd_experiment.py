@@ -236,7 +236,7 @@ def test_the_verdict_pairs_ours_with_its_controls(results):
     assert columns[1].startswith("+25.0 (")
     assert columns[2:4] == ["not run", "not run"]
     assert columns[4].startswith("-12.5 (")
-    assert columns[5:] == ["10 %", "25 %", "2 / 2"]
+    assert columns[5:] == ["10 %", "2 / 2"]
 
 
 def test_the_worst_case_is_compared_with_the_worst_case_alone(results):

@@ -150,7 +150,7 @@ def test_a_table_without_a_good_row_is_refused(folder):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("name", ["images/\0.png", "images/\ud800.png"])
+@pytest.mark.parametrize("name", ["images/\0.png", "images/\ud800.png"], ids=["null", "surrogate"])
 def test_a_name_that_no_file_can_have_is_a_missing_image(folder, name, verify):
     path = folder / "odd.jsonl"
     rows = [(name, "odd"), ("images/0.png", "picture 0")]

@@ -214,7 +214,9 @@ def _apply(
 
     def run(name: str, model: Any, x: Array, wanted: Sequence[str]) -> tuple[Array, dict]:
         nudges = _under(name, perturbations)
-        out = model.apply(part(variables, name), x, tuple(wanted), nudges, dtype)
+        # A model of one's own need not know of compute types.
+        options = {} if dtype is None else {"dtype": dtype}
+        out = model.apply(part(variables, name), x, tuple(wanted), nudges, **options)
         return out if wanted else (out, {})
 
     logits, values = _compose(parts, variables, images(x), taps, run)
