@@ -150,10 +150,9 @@ def test_a_table_without_a_good_row_is_refused(folder):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("name", ["images/\0.png", "images/\ud800.png"], ids=["null", "surrogate"])
-def test_a_name_that_no_file_can_have_is_a_missing_image(folder, name, verify):
+def test_a_name_that_no_file_can_have_is_a_missing_image(folder, verify):
     path = folder / "odd.jsonl"
-    rows = [(name, "odd"), ("images/0.png", "picture 0")]
+    rows = [("images/\0.png", "odd"), ("images/0.png", "picture 0")]
     path.write_text("\n".join(json.dumps({"image": i, "caption": c}) for i, c in rows))
     counts = pair_source(path, size=8, verify=verify).counts
     assert (counts["kept"], counts["image missing"]) == (1, 1)
