@@ -74,8 +74,10 @@ def text_views(
     Source: Wei and Zou 2019, section 2; one operation per variant as in SafeCLIP's public code.
     """
     for name, value, least in (("views", views, 1), ("seed", seed, 0)):
-        if not least <= value < 2**32:
-            raise ValueError(f"{name} must be >= {least} and below 2^32, got {value}")
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+    if seed >= 2**32:
+        raise ValueError(f"seed must be below 2^32, got {seed}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate}")
     ids = np.arange(len(captions)) if indices is None else np.asarray(indices)

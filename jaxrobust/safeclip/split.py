@@ -196,7 +196,7 @@ def first_split(
     Args:
         weights: [n] of a splitter.
         scores: [n] similarities, by which the fallback goes.
-        threshold: in [0, 1].
+        threshold: >= 0; above 1 no weight reaches it, and the fallback decides.
         bounds: smallest and largest share of the data that is believed; (0, 1) believes any.
         fallback: share of the most similar pairs that is taken instead: the authors' first version.
         bimodal: object if the scores do not have two modes (`Mixture.is_bimodal`).
@@ -204,7 +204,7 @@ def first_split(
     Raises:
         ValueError: a share outside [0, 1].
     """
-    check_number("threshold", threshold, low=0, high=1)
+    check_number("threshold", threshold, low=0)
     for value in (*bounds, fallback):
         if not 0 <= value <= 1:
             raise ValueError(f"bounds and fallback must be shares in [0, 1], got {value}")
