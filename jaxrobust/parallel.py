@@ -82,7 +82,8 @@ def exact_products() -> bool:
     """Whether products of float32 arrays are products of float32 numbers.
 
     On CPUs they are. GPUs round the factors to TF32 (three decimal digits) and TPUs to bfloat16
-    (two), unless `jax.default_matmul_precision` says "highest" around the call or inside of it.
+    (two), unless `jax.default_matmul_precision` says "highest" around this call: what a model sets
+    within itself is not seen.
     """
     wanted = jax.config.jax_default_matmul_precision
     return wanted in ("highest", "float32") or jax.default_backend() == "cpu"
