@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import jaxrobust as jr
-from experiments import common, plots
+from experiments import common, plots, records
 from jaxrobust import training
 
 NAME = "adversarial_training"
@@ -245,7 +245,7 @@ def train(key: dict, whole: Config, sets: dict, options, model) -> training.Fitt
         mapping=options.mapping,
         validate=validation(model, key, config, sets),
         averaged=averaged,
-        directory=common.run_folder(options, whole, key),
+        directory=records.run_folder(options, whole, key),
         save_every=config.save_every,
         label=f"{key['method']} {key['threat']} seed {key['seed']}",
     )
@@ -288,7 +288,7 @@ def evaluate(key: dict, config: Config, test, model, variables) -> dict[str, Any
         select=MarginOf(apply),
     )
     begun = time.monotonic()
-    robust = correct(attack=strong, key=jax.random.key(17), progress=f"PGD-{config.pgd_steps}")
+    robust = correct(attack=strong, key=jax.random.key(17), progress=True)
     seconds = time.monotonic() - begun
     curve = jr.evaluation.accuracy_curve(
         apply,
@@ -300,7 +300,7 @@ def evaluate(key: dict, config: Config, test, model, variables) -> dict[str, Any
         key=jax.random.key(18),
         batch_size=batch_size,
         mesh=mesh,
-        progress="curve",
+        progress=True,
     )
     return {
         "clean_accuracy": float(correct().mean()),
@@ -357,8 +357,8 @@ def training_flops(key: dict, config: Config, train_set, model) -> float:
 
 def cell(key: dict, config: Config, sets: dict, options, model) -> dict[str, Any]:
     """Everything that one row's entry needs."""
-    folder = common.run_folder(options, config, key)
-    with common.alone(folder):
+    folder = records.run_folder(options, config, key)
+    with records.alone(folder):
         fitted = train(key, config, sets, options, model)
         variables = jax.tree.map(np.asarray, fitted.variables)
         if jax.process_index() == 0:
@@ -411,12 +411,12 @@ def load(config: Config) -> dict[str, Any]:
 def main(config: Config, options) -> None:
     """Runs what is missing, then draws the plots and prints the table."""
     path = options.out / f"{NAME}-{options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         sets = load(config)
         # Built once: equal models of different cells then share what is compiled.
         models = {name: jr.models.build(name, **config.models[name]) for name in config.models}
-        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+        for key in results.missing(keys(config), partial(records.run_folder, options, config)):
             begun = time.monotonic()
             metrics = cell(key, config, sets, options, models[key["model"]])
             results.add(key, metrics, time.monotonic() - begun)

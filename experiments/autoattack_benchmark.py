@@ -25,7 +25,7 @@ import numpy as np
 
 import jaxrobust as jr
 from experiments import adversarial_training as base
-from experiments import common, plots
+from experiments import common, plots, records
 
 NAME = "autoattack_benchmark"
 PHOTOS = "efficientnet_lite0"
@@ -73,8 +73,8 @@ def network(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.M
         theirs for theirs in base.keys(config.training) if all(theirs[n] == key[n] for n in same)
     )
     model = build(wanted["model"])
-    path = common.run_folder(first, config.training, wanted) / "weights.safetensors"
-    with common.alone(path.parent):
+    path = records.run_folder(first, config.training, wanted) / "weights.safetensors"
+    with records.alone(path.parent):
         if not path.exists():
             fitted = base.train(wanted, config.training, sets, first, model)
             jr.checkpoint.save_weights(path, jax.tree.map(np.asarray, fitted.variables))
@@ -108,7 +108,7 @@ def cell(key: dict, config: Config, sets: dict, options) -> dict[str, Any]:
         curve_images=config.card_images,
         batch_size=config.photo_images if key["method"] == PHOTOS else config.batch_size,
         mesh=mesh,
-        out=common.run_folder(options, config, key),
+        out=records.run_folder(options, config, key),
     )
     threat = report.threats[key["threat"]]
     return {
@@ -172,11 +172,11 @@ def table(path: Path) -> str:
 def main(config: Config, options) -> None:
     """Evaluates what is missing and prints the table."""
     path = options.out / f"{NAME}-{options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         sets = base.load(config.training)
         for key in results.missing(
-            keys(config), functools.partial(common.run_folder, options, config)
+            keys(config), functools.partial(records.run_folder, options, config)
         ):
             begun = time.monotonic()
             metrics = cell(key, config, sets, options)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import jaxrobust as jr
-from experiments import common, timing
+from experiments import common, records, timing
 from jaxrobust import training
 
 NAME = "bench_attacks"
@@ -257,7 +257,7 @@ def main(config: Config, options) -> None:
     """Times every network and step count, and writes the results."""
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = options.out / f"{NAME}-{kind if options.preset == 'full' else options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     rate = matmul_rate()
     for name in config.models:
         for steps in config.steps:

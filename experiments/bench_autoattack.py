@@ -28,7 +28,7 @@ import optax
 from tqdm import tqdm
 
 import jaxrobust as jr
-from experiments import common, plots
+from experiments import common, plots, records
 from jaxrobust import evaluation, training
 
 NAME = "bench_autoattack"
@@ -112,7 +112,7 @@ def trained(name: str, problem: Problem, config: Config, options) -> tuple[jr.mo
     if not problem.epochs:
         images = jr.data.foolbox_photos(problem.dataset).images
         return model, model.init(jax.random.key(0), images.shape[1:])
-    path = common.run_folder(options, config, {"model": name}) / "weights.safetensors"
+    path = records.run_folder(options, config, {"model": name}) / "weights.safetensors"
     if path.exists():
         return model, jr.checkpoint.load_weights(path)
     examples = jr.data.load(problem.dataset, "train+validation")
@@ -231,7 +231,7 @@ def main(config: Config, options) -> None:
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     names = {"full": kind, "large": f"{kind}-large", "wide": f"{kind}-wide"}
     path = options.out / f"{NAME}-{names.get(options.preset, options.preset)}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     jobs = [
         (name, attack, seed)
         for name in config.problems

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxrobust as jr
-from experiments import common, cropd, plots, timing
+from experiments import common, cropd, plots, records, timing
 from experiments import cropd_settings as settings
 from jaxrobust import models, training
 
@@ -204,10 +204,10 @@ def main(config: Config, options) -> None:
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = options.out / f"{NAME}-{options.preset if options.preset == 'smoke' else kind}.json"
     if options.plot_only:
-        print(table(common.Results(path, NAME, options.preset, config).cells))
+        print(table(records.Results(path, NAME, options.preset, config).cells))
         return
     path.unlink(missing_ok=True)
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     for dataset in config.datasets:
         begun = time.monotonic()
         world = cropd.world_of(config.preset.problems[dataset], config.preset)

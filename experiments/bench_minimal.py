@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import jaxrobust as jr
-from experiments import bench_attacks, common, plots, timing
+from experiments import bench_attacks, common, plots, records, timing
 from jaxrobust import training
 
 NAME = "bench_minimal"
@@ -286,7 +286,7 @@ def main(config: Config, options) -> None:
     """Measures every attack on every network, and writes the results."""
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = options.out / f"{NAME}-{kind if options.preset == 'full' else options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     for name in config.models:
         for method in config.trainings:
             case = problem(name, method, config)

@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrobust as jr
-from experiments import common, roofline
+from experiments import common, records, roofline
 from jaxrobust import training
 
 NAME = "bench_pod"
@@ -254,7 +254,7 @@ HEADER = [
 ]
 
 
-def table(results: common.Results, config: Config) -> str:
+def table(results: records.Results, config: Config) -> str:
     """The cells as Markdown; what was not compiled says so."""
     rows = []
     for name, program in config.programs.items():
@@ -270,7 +270,7 @@ def readme_table(path: Path) -> str:
     config = PRESETS["full"]
     if not path.exists():
         raise SystemExit(f"{path} is not there: run python -m experiments.{NAME}")
-    return table(common.Results(path, NAME, "full", config), config)
+    return table(records.Results(path, NAME, "full", config), config)
 
 
 def _row(name, program, sides, metrics, first):
@@ -307,7 +307,7 @@ def key_of(name: str, program: Program, sides: tuple[int, int]) -> dict[str, Any
 
 
 def main(
-    config: Config, results: common.Results, only: set[str] | None, chips: set[int] | None
+    config: Config, results: records.Results, only: set[str] | None, chips: set[int] | None
 ) -> None:
     """Compiles what is asked for and not in the results yet, then prints the table."""
     wanted = [
@@ -346,4 +346,4 @@ if __name__ == "__main__":
     config = PRESETS[options.preset]
     ending = "tpu-v5e" if options.preset == "full" else options.preset
     path = options.out / f"{NAME}-{ending}.json"
-    main(config, common.Results(path, NAME, options.preset, config), only, chips)
+    main(config, records.Results(path, NAME, options.preset, config), only, chips)

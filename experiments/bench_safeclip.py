@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxrobust as jr
-from experiments import common, timing
+from experiments import common, records, timing
 from experiments.safeclip_settings import RESNET, SMALL, Tower
 from jaxrobust import data, losses, safeclip
 
@@ -174,7 +174,7 @@ def main(config: Config, options) -> None:
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = options.out / f"{NAME}-{options.preset if options.preset == 'smoke' else kind}.json"
     path.unlink(missing_ok=True)
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     for pool in config.pools:
         begun, runs, sizes = time.monotonic(), {SEARCH: searching(config, pool)}, {}
         for name in config.kinds:

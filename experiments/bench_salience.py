@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import jaxrobust as jr
-from experiments import common, timing
+from experiments import common, records, timing
 from experiments.sipat import source_of
 from experiments.sipat_settings import PROBLEMS, Problem
 from jaxrobust import salience, sipat, training
@@ -129,7 +129,7 @@ def main(config: Config, options) -> None:
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = options.out / f"{NAME}-{options.preset if options.preset == 'smoke' else kind}.json"
     path.unlink(missing_ok=True)
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     for name, problem in config.problems.items():
         begun = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

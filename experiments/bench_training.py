@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxrobust as jr
-from experiments import common, timing
+from experiments import common, records, timing
 from jaxrobust import training
 
 NAME = "bench_training"
@@ -211,14 +211,14 @@ def memory_in_own_process(name: str, preset: str, library: str) -> float:
     if library == "torch":
         program = "import torch, torch.nn.functional; " + program
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=common.ROOT.parent
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=records.ROOT.parent
     )
     if run.returncode:
         raise RuntimeError(f"measuring the memory of {library} failed: {run.stderr[-500:]}")
     return float(run.stdout.split()[-1])
 
 
-def scaling(config: Config, results: common.Results) -> None:
+def scaling(config: Config, results: records.Results) -> None:
     """Weak and strong scaling of the step over devices, for the three mappings."""
     name = config.scaling_model
     counts = [count for count in config.scaling_devices if count <= jax.device_count()]
@@ -249,7 +249,7 @@ def main(config: Config, options) -> None:
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = options.out / f"{NAME}-{options.preset if options.preset == 'smoke' else kind}.json"
     path.unlink(missing_ok=True)
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     for name in config.batch:
         flops, begun = step_flops(name, config), time.monotonic()
         timed = timing.interleaved(

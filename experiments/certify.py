@@ -23,7 +23,7 @@ import optax
 from tqdm import tqdm
 
 import jaxrobust as jr
-from experiments import common, plots_certify
+from experiments import common, plots_certify, records
 from experiments.adversarial_training import augmentation, load, optimizer_of
 from jaxrobust import smoothing, training
 
@@ -181,7 +181,7 @@ def train(key: dict, config: Config, train_set, options, model) -> training.Fitt
         mesh=mesh,
         mapping=options.mapping,
         averaged=config.ema_decay is not None,
-        directory=common.run_folder(options, config, trained_as(key)),
+        directory=records.run_folder(options, config, trained_as(key)),
         save_every=config.save_every,
         label=f"{key['method']} {key['sigma']} seed {key['seed']}",
     )
@@ -225,16 +225,16 @@ def save(path, **arrays) -> None:
         with open(temporary, "wb") as file:
             np.savez(file, **arrays)
 
-    common.once(path, write)
+    records.once(path, write)
 
 
 def cell(key: dict, config: Config, sets: dict, options, model) -> dict[str, Any]:
     """Everything that one row's entry needs."""
-    with common.alone(common.run_folder(options, config, trained_as(key))):
+    with records.alone(records.run_folder(options, config, trained_as(key))):
         fitted = train(key, config, sets["train"], options, model)
     variables = jax.tree.map(np.asarray, fitted.variables)
     test = sets["test"]
-    folder = common.run_folder(options, config, key)
+    folder = records.run_folder(options, config, key)
     certificate, seconds = certificates(
         key, config, test.images, folder, LogitsOf(model.apply), variables
     )
@@ -292,11 +292,11 @@ def keys(config: Config) -> list[dict]:
 def main(config: Config, options) -> None:
     """Runs what is missing, then draws the plot and prints the table."""
     path = options.out / f"{NAME}-{options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         sets = load(config)
         model = jr.models.build(**config.model)
-        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+        for key in results.missing(keys(config), partial(records.run_folder, options, config)):
             begun = time.monotonic()
             metrics = cell(key, config, sets, options, model)
             results.add(key, metrics, time.monotonic() - begun)

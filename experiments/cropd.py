@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import jaxrobust as jr
-from experiments import common, cropd_evaluation, plots_cropd
+from experiments import common, cropd_evaluation, plots_cropd, records
 from experiments.cropd_settings import (
     PRESETS,
     Built,
@@ -48,7 +48,7 @@ FRONTS = ("autoencoder", "denoiser", *FILTERS)
 
 def build(key: dict, config: Config, world: World, options) -> Built:
     """The cell's defended model, trained if it is not there."""
-    method, folder = config.methods[key["method"]], common.run_folder(options, config, key)
+    method, folder = config.methods[key["method"]], records.run_folder(options, config, key)
     if method.kind in ("alf", "aff"):
         return rival(key, config, world, options)
     front, ours, costs = None, None, {}
@@ -64,7 +64,7 @@ def build(key: dict, config: Config, world: World, options) -> Built:
         head = fit_head(model, variables, config, world, common.local_mesh(options))
         return head, {"head_seconds": round(time.perf_counter() - begun, 2)}
 
-    head, taken = common.kept(folder, "head", make)
+    head, taken = records.kept(folder, "head", make)
     whole = models.join(preprocessor=ours, foundation=world.published, head=head)
     return Built(model, whole, {**costs, **taken})
 
@@ -169,7 +169,7 @@ def trained(
     key, config, world, options, model, objective, epochs, rate, start=None, **choosing
 ) -> tuple[dict, dict]:
     """(variables, costs) after training; `start` is what it begins from, `choosing` for `fit`."""
-    folder, shape = common.run_folder(options, config, key), world.train.images.shape[1:]
+    folder, shape = records.run_folder(options, config, key), world.train.images.shape[1:]
     per_epoch = jr.data.steps_per_epoch(world.train, config.batch_size)
     step, optimizer = step_of(model, objective, epochs * per_epoch, rate, config, world.problem)
 
@@ -203,7 +203,7 @@ def trained(
         }
         return fitted.variables, costs
 
-    return common.kept(folder, "weights", make)
+    return records.kept(folder, "weights", make)
 
 
 def trained_parameters(model, params: dict) -> int:
@@ -290,17 +290,17 @@ def keys(config: Config) -> list[dict]:
 def main(config: Config, options) -> None:
     """Runs what is missing, then draws the plots and prints the table."""
     path = options.out / f"{NAME}-{options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         worlds = {}
-        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+        for key in results.missing(keys(config), partial(records.run_folder, options, config)):
             begun, name = time.monotonic(), key["dataset"]
             if name not in worlds:
                 worlds[name] = world_of(config.problems[name], config)
             built = build(key, config, worlds[name], options)
             near = neighbours(key, config, worlds[name], options)
             metrics = cropd_evaluation.evaluate(
-                key, config, worlds[name], built, near, common.run_folder(options, config, key),
+                key, config, worlds[name], built, near, records.run_folder(options, config, key),
                 common.local_mesh(options),
             )  # fmt: skip
             results.add(key, {**metrics, **built.costs}, time.monotonic() - begun)

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxrobust as jr
-from experiments import common
+from experiments import common, records
 from experiments.cropd_settings import Built, Config, World
-from jaxrobust import attacks, cropd, models, smoothing
+from jaxrobust import attacks, cropd, inference, models, smoothing
 
 RADII = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 
@@ -65,7 +65,7 @@ def evaluate(
     attack, grid = jr.linf_pgd(eps, steps=config.pgd_steps), (0.0, eps / 2, eps, 2 * eps)
     curve = jr.evaluation.accuracy_curve(
         model.apply, variables, few.images, few.labels, attack, grid, key=jax.random.key(17),
-        batch_size=config.batch, mesh=mesh, progress="PGD",
+        batch_size=config.batch, mesh=mesh, progress=True,
     )  # fmt: skip
     bare = near.get("none", built)
     blind = in_batches(against(bare, attack), few, np.arange(len(few.labels)), config, mesh, 18)
@@ -76,7 +76,7 @@ def evaluate(
         f"pgd{config.pgd_steps}_accuracy": [float(part) for part in curve[1:].mean(1)],
         "nonadaptive_accuracy": float(blinded.mean()),
         "images": len(few.labels),
-        "outcomes": common.packed(curve),  # clean, then over the grid
+        "outcomes": records.packed(curve),  # clean, then over the grid
     }
     sigma = config.methods[key["method"]].sigma
     if sigma:
@@ -137,7 +137,7 @@ def worst_case(config, world, built, near, attack, tried, folder, mesh) -> dict[
     return {
         "robust_accuracy": float(standing.mean()),
         "accuracy_after": after,
-        "robust_outcomes": common.packed(standing[None]),
+        "robust_outcomes": records.packed(standing[None]),
         "card_flags": [check.name for check in threat.checks if check.verdict == "flag"],
         "suite_seconds": round(sum(threat.seconds.values()), 1),
     }
@@ -189,7 +189,7 @@ def certified(model, variables, few, sigma: float, config: Config, mesh) -> dict
     certificate = smoothing.certify(
         common.LogitsOf(model.apply), few.images, jax.random.key(22), sigma=sigma,
         samples=config.certify_samples, args=(variables,), batch_size=config.batch,
-        mesh=mesh, progress="certify",
+        mesh=mesh, progress=True,
     )  # fmt: skip
     accuracy = smoothing.certified_accuracy(certificate, few.labels, RADII)
     return {"radii": list(RADII), "certified_accuracy": [float(value) for value in accuracy]}
@@ -234,7 +234,7 @@ def in_batches(
     """
     keys = attacks.example_keys(jax.random.key(number), len(examples.labels))
     parts, size = [], -(-config.batch // mesh.size) * mesh.size
-    for chosen in jr.parallel.filled(rows, size):
+    for chosen in inference.filled(rows, size):
         batch = tuple(
             column[chosen] for column in (examples.images, examples.labels, keys, *columns)
         )

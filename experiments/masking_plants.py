@@ -21,7 +21,7 @@ from jax.lax import stop_gradient
 from tqdm import tqdm
 
 import jaxrobust as jr
-from experiments import common
+from experiments import common, records
 from jaxrobust import evaluation, training
 
 NAME = "masking_plants"
@@ -280,7 +280,7 @@ def table(cells: list[dict]) -> str:
 def main(config: Config, options) -> None:
     """Runs every cell that the results file does not hold yet."""
     path = options.out / f"{NAME}-{options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     weights, functions = {}, {}
     for key, random, place in tqdm(list(jobs(config)), desc=NAME, unit="cell"):
         if results.find(key) is not None:

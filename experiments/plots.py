@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import jaxrobust as jr
-from experiments import common
+from experiments import records
 from experiments.common import markdown, percent
 
 NAMES = {
@@ -210,7 +210,7 @@ def accuracy_curves(path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     target = path.with_name(path.stem + "-curve.png")
-    common.once(target, lambda file: figure.savefig(file, dpi=110))
+    records.once(target, lambda file: figure.savefig(file, dpi=110))
     plt.close(figure)
 
 
@@ -231,7 +231,7 @@ def adversarial_examples(config, options, keys: list[dict], test, count: int = 6
     shown = []
     for method in config.methods:
         key = next(key for key in keys if key["method"] == method)
-        folder = common.run_folder(options, config, key)
+        folder = records.run_folder(options, config, key)
         try:
             variables = jr.checkpoint.load_weights(folder / "weights.safetensors")
         except FileNotFoundError:
@@ -268,7 +268,7 @@ def adversarial_examples(config, options, keys: list[dict], test, count: int = 6
         axes[2 + 2 * i][0].set_ylabel("delta", fontsize=8)
     figure.suptitle(f"PGD-{config.pgd_steps}, {threat} {eps:.3g}: prediction above", fontsize=9)
     target = options.out / f"adversarial_training-{options.preset}-examples.png"
-    common.once(target, lambda file: figure.savefig(file, dpi=110))
+    records.once(target, lambda file: figure.savefig(file, dpi=110))
     plt.close(figure)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import common
+from experiments import records
 from experiments.common import markdown
 from experiments.plots import read, rows_of, spread
 
@@ -90,5 +90,5 @@ def certified_curves(path: Path) -> None:
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("certified accuracy, %")
     target = path.with_name(path.stem + "-curve.png")
-    common.once(target, lambda file: figure.savefig(file, dpi=110))
+    records.once(target, lambda file: figure.savefig(file, dpi=110))
     plt.close(figure)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtri
 
-from experiments import common
+from experiments import records
 from experiments.common import markdown
 from experiments.cropd_settings import applies
 from experiments.plots import read, rows_of, seeds_of, spread
@@ -139,8 +139,8 @@ def columns(cells: list[dict], steps: int) -> dict[str, str]:
 def outcomes_of(cells: list[dict], row: int | None) -> np.ndarray:
     """[seeds, images]: a row of the PGD curve, 0 for clean; None for the worst case."""
     if row is None:
-        return np.stack([common.unpacked(c["robust_outcomes"], c["images"])[0] for c in cells])
-    return np.stack([common.unpacked(c["outcomes"], c["images"])[row] for c in cells])
+        return np.stack([records.unpacked(c["robust_outcomes"], c["images"])[0] for c in cells])
+    return np.stack([records.unpacked(c["outcomes"], c["images"])[row] for c in cells])
 
 
 def verdict(path: Path) -> str:
@@ -244,7 +244,7 @@ def bound(path: Path) -> None:
         axis.set_yticklabels(list(found), fontsize=6)
     axes[0].legend(fontsize=6)
     figure.suptitle("The bound with its factor L measured along the attack: no certificate", size=8)
-    common.once(path.with_name(f"{path.stem}-bound.png"), lambda p: figure.savefig(p, dpi=110))
+    records.once(path.with_name(f"{path.stem}-bound.png"), lambda p: figure.savefig(p, dpi=110))
 
 
 def frontier(path: Path) -> None:
@@ -289,4 +289,4 @@ def frontier(path: Path) -> None:
         f"attacks, hollow: PGD-{steps} alone"
     )
     figure.suptitle(title, fontsize=8)
-    common.once(path.with_name(f"{path.stem}-frontier.png"), lambda p: figure.savefig(p, dpi=110))
+    records.once(path.with_name(f"{path.stem}-frontier.png"), lambda p: figure.savefig(p, dpi=110))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common
+from experiments import records
 from experiments.common import markdown, percent
 from experiments.plots import read, rows_of, seeds_of, spread
 from experiments.plots_sipat import panels
@@ -380,4 +380,4 @@ def triggered(path: Path, pairs: Pairs, config: Config) -> None:
 
 def _write(figure, path, what):
     target = path.with_name(f"{path.stem}-{what}.png")
-    common.once(target, lambda file: figure.savefig(file, dpi=110))
+    records.once(target, lambda file: figure.savefig(file, dpi=110))

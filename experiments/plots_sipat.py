@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import common, mixtures
+from experiments import mixtures, records
 from experiments.common import markdown
 from experiments.plots import read, rows_of, spread
 from experiments.sipat_settings import is_control
@@ -84,7 +84,7 @@ def outcomes_of(record: dict, dataset: str) -> dict[str, np.ndarray]:
     """[seeds, 1 + grid, images] of every method of a data set that has all its seeds."""
     rows, seeds = rows_of(record, "dataset", "method"), len(record["config"]["seeds"])
     return {
-        method: np.stack([common.unpacked(cell["outcomes"], cell["images"]) for cell in cells])
+        method: np.stack([records.unpacked(cell["outcomes"], cell["images"]) for cell in cells])
         for (where, method), cells in rows.items()
         if where == dataset and len(cells) == seeds
     }
@@ -168,7 +168,7 @@ def beside_suite(path: Path) -> str:
         for (where, method), cells in rows_of(record, "dataset", "method").items():
             if where != dataset or not all("suite_accuracy" in cell for cell in cells):
                 continue
-            curves = [common.unpacked(cell["outcomes"], cell["images"]) for cell in cells]
+            curves = [records.unpacked(cell["outcomes"], cell["images"]) for cell in cells]
             few = config["suite_images"]
             pgd = 100 * np.mean([curve[places, :few].mean(1) for curve in curves], 0)
             suite = 100 * np.mean([cell["suite_accuracy"] for cell in cells], 0)
@@ -322,4 +322,4 @@ def _legend(axis):
 
 def _write(figure, path, what):
     target = path.with_name(f"{path.stem}-{what}.png")
-    common.once(target, lambda file: figure.savefig(file, dpi=110))
+    records.once(target, lambda file: figure.savefig(file, dpi=110))

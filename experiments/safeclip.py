@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common, plots_safeclip, safeclip_evaluation
+from experiments import common, plots_safeclip, records, safeclip_evaluation
 from experiments.safeclip_choice import chosen
 from experiments.safeclip_evaluation import Judge, World
 from experiments.safeclip_settings import (
@@ -159,7 +159,7 @@ def recipe_of(method: Method, config: Config) -> safeclip.Recipe:
 
 def trained(key: dict, config: Config, world: World, options) -> tuple[dict, dict]:
     """(variables, what training took and saw) of a cell, or of the run before that had it."""
-    method, folder = method_of(key, config), common.run_folder(options, config, key)
+    method, folder = method_of(key, config), records.run_folder(options, config, key)
     recipe = recipe_of(method, config)
     poisoned, manifest = plant(key, config, world)
 
@@ -192,7 +192,7 @@ def trained(key: dict, config: Config, world: World, options) -> tuple[dict, dic
         }
         return fitted.variables, taken
 
-    variables, taken = common.kept(folder, "weights", make)
+    variables, taken = records.kept(folder, "weights", make)
     if taken["manifest"] != manifest.sha256:
         raise SystemExit(
             f"{folder}: the network there was trained on other pairs: their manifest has SHA-256 "
@@ -276,7 +276,7 @@ def run(key: dict, config: Config, world: World, results, options) -> dict[str, 
         own = {"setting": chosen(results.cells, config.candidates, config.limit)}
     key = {**key, "method": own.get("setting", key["method"])}
     variables, taken = trained(key, config, world, options)
-    manifest = safeclip.manifest.load(common.run_folder(options, config, key) / "manifest.json")
+    manifest = safeclip.manifest.load(records.run_folder(options, config, key) / "manifest.json")
     judge = world.validation if key["attack"] == CANARIES else world.test
     clean = None
     if NOTHING in config.attacks and UNDEFENDED in config.methods:
@@ -288,7 +288,7 @@ def run(key: dict, config: Config, world: World, results, options) -> dict[str, 
 def main(config: Config, options) -> None:
     """Runs what is missing, then draws the plots and prints the table."""
     path: Path = options.out / f"{NAME}-{options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         world = world_of(config)
         tuned = [key for key in keys(config) if key["attack"] == CANARIES]
@@ -296,7 +296,7 @@ def main(config: Config, options) -> None:
         def ready(key: dict) -> bool:
             return key["method"] != CHOSEN or all(map(results.find, tuned))
 
-        folder = partial(common.run_folder, options, config)
+        folder = partial(records.run_folder, options, config)
         for key in results.missing(keys(config), folder, ready):
             begun = time.monotonic()
             metrics = run(key, config, world, results, options)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 import jaxrobust as jr
-from experiments import common, plots_sipat
+from experiments import common, plots_sipat, records
 from experiments.sipat_settings import PRESETS, UNANNOTATED, Config, Method, Problem
 from jaxrobust import salience, sipat, training
 
@@ -34,7 +34,7 @@ NAME = "sipat"
 def weights(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.Model, dict, dict]:
     """The cell's network, trained if it is not there: (model, variables, what that took)."""
     method, model = config.methods[key["method"]], sets[key["dataset"]]["model"]
-    folder = common.run_folder(options, config, key)
+    folder = records.run_folder(options, config, key)
 
     def make():
         train_set, taken = annotated(key, config, sets, options)
@@ -42,7 +42,7 @@ def weights(key: dict, config: Config, sets: dict, options) -> tuple[jr.models.M
         fitted = train(key, config, model, train_set, area, folder, options)
         return fitted.variables, taken | {"train_seconds": round(fitted.seconds, 2)}
 
-    variables, taken = common.kept(folder, "weights", make)
+    variables, taken = records.kept(folder, "weights", make)
     return model, variables, {**taken, "spared_area": spared_area(method)}
 
 
@@ -145,9 +145,7 @@ def scores_of(key, method, config, sets, options, split) -> np.ndarray:
 
     def make(rows):
         batch = examples.images[rows], examples.labels[rows]
-        return np.asarray(
-            salience.compute(source, model.apply, variables, *batch, key=jax.random.key(0))
-        )
+        return salience.compute(source, model.apply, variables, *batch, key=jax.random.key(0))
 
     return salience.cached(options.runs / "salience", settings, examples.indices, make)
 
@@ -188,7 +186,7 @@ def evaluate(key, config, sets, options, model, variables) -> dict[str, Any]:
     grid = (0.0, *problem.grid)
     curve = jr.evaluation.accuracy_curve(
         model.apply, variables, images, labels, attack, grid, key=jax.random.key(17),
-        progress="PGD",
+        progress=True,
     )  # fmt: skip
     # One map for all rows, so that they can be compared.
     judge = Method(source="gradient" if test.salience is None else "human")
@@ -209,7 +207,7 @@ def evaluate(key, config, sets, options, model, variables) -> dict[str, Any]:
         "grid": list(problem.grid),
         f"pgd{config.pgd_steps}_accuracy": [float(part) for part in curve[1:].mean(1)],
         "images": len(labels),
-        "outcomes": common.packed(curve),  # clean, then over the grid
+        "outcomes": records.packed(curve),  # clean, then over the grid
         **regions,
         **(suite(key, config, test, model, variables) if key["method"] in config.suite else {}),
     }
@@ -279,10 +277,10 @@ def keys(config: Config) -> list[dict]:
 def main(config: Config, options) -> None:
     """Runs what is missing, then draws the plots and prints the table."""
     path = options.out / f"{NAME}-{options.preset}.json"
-    results = common.Results(path, NAME, options.preset, config)
+    results = records.Results(path, NAME, options.preset, config)
     if not options.plot_only:
         sets = load(config)
-        for key in results.missing(keys(config), partial(common.run_folder, options, config)):
+        for key in results.missing(keys(config), partial(records.run_folder, options, config)):
             begun = time.monotonic()
             model, variables, taken = weights(key, config, sets, options)
             metrics = evaluate(key, config, sets, options, model, variables)

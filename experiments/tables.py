@@ -26,12 +26,13 @@ from experiments import (
     plots_cropd,
     plots_safeclip,
     plots_sipat,
+    records,
 )
 from experiments.safeclip_settings import UNDEFENDED
 from jaxrobust.checkpoint import atomic_write
 
-README = common.ROOT.parent / "README.md"
-ALL = common.RESULTS / "README.md"
+README = records.ROOT.parent / "README.md"
+ALL = records.RESULTS / "README.md"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
 KEPT = ("zero-shot, % of undefended", "retrieval, % of undefended")
 Maker = Callable[[Path], str]
@@ -207,7 +208,7 @@ CHOICES: dict[str, Maker] = {
 DOCUMENTS: dict[Path, Mapping[str, Maker]] = {README: MAKERS | CHOICES, ALL: MAKERS}
 
 
-def filled(text: str, makers: Mapping[str, Maker], results: Path = common.RESULTS) -> str:
+def filled(text: str, makers: Mapping[str, Maker], results: Path = records.RESULTS) -> str:
     """The text with every marked table made anew.
 
     Raises:

@@ -8,7 +8,7 @@ them by `jax.shard_map`, by `jax.pmap`, or, with `axis_name=None`, from the glob
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -154,28 +154,6 @@ def rounded(size: int, mesh: Mesh | None) -> int:
     """The next number of examples that the devices share evenly."""
     devices = 1 if mesh is None else mesh.size
     return -(-size // devices) * devices
-
-
-def own_rows(count: int) -> np.ndarray:
-    """Which of `count` rows this process works on: as many as every other, the last row repeated.
-
-    `all_rows` puts what came of them together.
-    """
-    share = -(-count // jax.process_count())
-    first = share * jax.process_index()
-    return np.minimum(np.arange(first, first + share), count - 1)
-
-
-def filled(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Rows in batches of one size, the last one filled up with the last row."""
-    for start in range(0, len(rows), size):
-        yield rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
-
-
-def all_rows(parts: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """What all processes found, [count, ...], from this one's results for `filled(own_rows)`."""
-    share = -(-count // jax.process_count())
-    return from_all_processes(np.concatenate(parts)[:share])[:count]
 
 
 def create(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:

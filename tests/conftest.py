@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def _few_mappings():
     """After a file, drop compiled programs before there are too many for one process."""
-    from experiments.common import forget_programs
+    from experiments.records import forget_programs
 
     yield
     forget_programs()

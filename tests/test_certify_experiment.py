@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import certify, common, plots_certify
+from experiments import certify, plots_certify, records
 from jaxrobust import smoothing
 
 CONFIG = certify.Config(samples0=20, samples=200, block=4)
@@ -53,7 +53,7 @@ def test_the_table_says_what_was_not_run_and_the_plot_needs_the_file_alone(tmp_p
     path = tmp_path / "certify-smoke.json"
     with pytest.raises(SystemExit, match="run the experiment without --plot-only"):
         plots_certify.certified_table(path)
-    results = common.Results(path, "certify", "smoke", config)
+    results = records.Results(path, "certify", "smoke", config)
     metrics = {
         "clean_accuracy": 0.5,
         "average_radius": 0.25,

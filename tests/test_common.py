@@ -7,7 +7,14 @@ import sys
 import jax
 import pytest
 
-from experiments import adversarial_training, certify, common, cropd_settings, sipat_settings
+from experiments import (
+    adversarial_training,
+    certify,
+    common,
+    cropd_settings,
+    records,
+    sipat_settings,
+)
 from experiments.safeclip_settings import PRESETS as SAFECLIP
 
 
@@ -42,7 +49,7 @@ def refusal(given, capsys, *words):
 
 
 def test_runs_are_beside_the_results_unless_those_are_the_committed_ones(given, tmp_path):
-    assert given().runs == common.ROOT.parent / "runs"
+    assert given().runs == records.ROOT.parent / "runs"
     assert given("--out", tmp_path).runs == tmp_path / "runs"
     assert given("--out", tmp_path, "--runs", tmp_path / "other").runs == tmp_path / "other"
 
@@ -120,7 +127,7 @@ def test_batch_sizes_of_a_preset_are_those_it_trains_with():
 
 def test_what_is_found_is_said_with_its_commits(tmp_path, capsys):
     path = tmp_path / "one-smoke.json"
-    results = common.Results(path, "one", "smoke", Config())
+    results = records.Results(path, "one", "smoke", Config())
     assert capsys.readouterr().err == ""
     for number in range(3):
         results.add({"number": number}, {}, 0.0)
@@ -128,7 +135,7 @@ def test_what_is_found_is_said_with_its_commits(tmp_path, capsys):
     results.cells[2]["commit"] = "b" * 40
     results.add({"number": 3}, {}, 0.0)
     commit = results.cells[3]["commit"][:7]
-    common.Results(path, "one", "smoke", Config())
+    records.Results(path, "one", "smoke", Config())
     said = capsys.readouterr().err
     assert f"{path} holds 4 cells (3 of commit {commit}, 1 of commit bbbbbbb)" in said
     assert "another --out runs all" in said

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxrobust as jr
-from experiments import bench_cropd, common, cropd_evaluation, plots_cropd
+from experiments import bench_cropd, cropd_evaluation, plots_cropd, records
 from experiments import cropd as experiment
 from experiments.cropd_settings import METHODS, PRESETS, Built, Config, Method, Problem, World
 from jaxrobust import cropd, models
@@ -179,7 +179,7 @@ def test_the_worst_case_is_over_the_suite_and_all_that_know_the_defence(
         assert found["accuracy_after"][one.name] == expected.mean()
     assert not rest
     assert found["robust_accuracy"] == expected.mean() < stood.mean()
-    np.testing.assert_array_equal(common.unpacked(found["robust_outcomes"], COUNT)[0], expected)
+    np.testing.assert_array_equal(records.unpacked(found["robust_outcomes"], COUNT)[0], expected)
     assert found["card_flags"] == ["loud"]
 
 
@@ -197,7 +197,7 @@ def cell(method, seed, clean, robust, **costs):
     return {
         "key": {"dataset": "emoji", "method": method, "seed": seed, "eps": 0.1},
         "metrics": {
-            "images": len(clean), "outcomes": common.packed(rows),
+            "images": len(clean), "outcomes": records.packed(rows),
             "clean_accuracy": float(np.mean(clean)), "grid": [0.05, 0.1, 0.2],
             "pgd50_accuracy": [float(np.mean(robust))] * 3, "nonadaptive_accuracy": 0.9,
             **costs,
@@ -221,7 +221,7 @@ def results(tmp_path):
             cell("aff", seed, every, first(4), train_flops=1e14, train_seconds=40.0),
         ]
     path = tmp_path / "cropd-laptop.json"
-    record = common.Results(path, "cropd", "laptop", config)
+    record = records.Results(path, "cropd", "laptop", config)
     for one in cells:
         record.add(one["key"], one["metrics"], 1.0)
     return path
@@ -245,7 +245,7 @@ def test_the_worst_case_is_compared_with_the_worst_case_alone(results):
         robust = {"none": 0, "gaussian_dae": 1, "ours": 2}.get(one["key"]["method"])
         if robust is not None:
             rows = (np.arange(8) < robust)[None]
-            one["metrics"] |= {"robust_outcomes": common.packed(rows)}
+            one["metrics"] |= {"robust_outcomes": records.packed(rows)}
     results.write_text(json.dumps(record))
     columns = plots_cropd.verdict(results).splitlines()[-1].split("|")
     assert [column.strip().split()[0] for column in columns[2:6]] == [

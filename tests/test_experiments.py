@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import common, plots
+from experiments import plots, records
 from tests.conftest import child_environment
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A smoke-sized run of the first experiment: two cells instead of ten.
 PROGRAM = """
 import dataclasses, sys
-from experiments import adversarial_training as experiment, common
+from experiments import common, adversarial_training as experiment, records
 sys.argv = ["adversarial_training", "--preset", "smoke", "--out", {out!r}, "--devices", "2"]
 smoke = dataclasses.replace(
     experiment.PRESETS["smoke"], methods=("standard", "pgd_at"), threats={{"linf": 0.3}}, epochs=6,
@@ -43,7 +43,7 @@ def start(out):
 def without_times(path):
     record = json.loads(path.read_text())
     for cell in record["cells"]:
-        for name in common.TIMES:
+        for name in records.TIMES:
             cell.pop(name, None)
             cell["metrics"].pop(name, None)
     return record["config"], record["cells"]
@@ -59,14 +59,14 @@ def unfinished(folder):
 # the others.
 SHARING = """
 import dataclasses, os, pathlib, time
-from experiments import common
+from experiments import records
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
 
 out = pathlib.Path({out!r})
-results = common.Results(out / "share-smoke.json", "share", "smoke", Config())
+results = records.Results(out / "share-smoke.json", "share", "smoke", Config())
 keys = [{{"number": number}} for number in range(8)]
 ready = lambda key: key != keys[-1] or all(map(results.find, keys[:-1]))
 (out / f"started-{{os.getpid()}}").touch()
@@ -130,7 +130,7 @@ def test_a_killed_process_lets_go_of_its_cell(tmp_path, share):
 KEPT = """
 import pathlib, sys, time
 import numpy as np
-from experiments import common
+from experiments import records
 out = pathlib.Path(sys.argv[1])
 
 def make():
@@ -142,7 +142,7 @@ def make():
 (out / f"started-{sys.argv[2]}").touch()
 while len(list(out.glob("started-*"))) < 2:
     time.sleep(0.01)
-print(common.kept(out, "weights", make)[1])
+print(records.kept(out, "weights", make)[1])
 """
 
 
@@ -159,7 +159,7 @@ def test_what_two_processes_need_is_trained_once(tmp_path):
     assert sum("waiting for the process that trains in" in error for _, error in outputs) == 1
     assert (tmp_path / "made").read_text() == "x"
     (tmp_path / "weights.json").unlink()  # as an older version left them
-    assert common.kept(tmp_path, "weights", None)[1] == {}
+    assert records.kept(tmp_path, "weights", None)[1] == {}
 
 
 @pytest.mark.slow
@@ -205,15 +205,15 @@ def test_results_of_another_configuration_are_refused(tmp_path):
     from experiments.adversarial_training import PRESETS
 
     path = tmp_path / "file.json"
-    results = common.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
+    results = records.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
     results.add({"method": "standard"}, {"clean_accuracy": 1.0}, 0.0)
-    again = common.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
+    again = records.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
     assert again.find({"method": "standard"})["metrics"] == {"clean_accuracy": 1.0}
     with pytest.raises(SystemExit, match="another configuration"):
-        common.Results(path, "adversarial_training", "quick", PRESETS["quick"])
+        records.Results(path, "adversarial_training", "quick", PRESETS["quick"])
 
 
-@pytest.mark.parametrize("path", sorted(common.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(records.RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_results_follow_the_schema(path):
     record = json.loads(path.read_text())
     assert {"experiment", "preset", "config", "versions", "device", "commit", "cells"} <= set(
@@ -236,7 +236,7 @@ def test_a_missing_cell_is_said_in_the_table(tmp_path):
     from experiments.adversarial_training import PRESETS
 
     path = tmp_path / "adversarial_training-smoke.json"
-    results = common.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
+    results = records.Results(path, "adversarial_training", "smoke", PRESETS["smoke"])
     key = {"model": "small_cnn", "threat": "linf", "eps": 0.3, "method": "standard"}
     metrics = {
         "clean_accuracy": 0.5,

@@ -127,17 +127,21 @@ def test_a_run_learns_and_tells_what_it_did(unbroken):
     assert checkpoint.latest_step(directory / "checkpoint") == EPOCHS * PER_EPOCH
 
 
-def test_files_validation_and_source_change_nothing(unbroken):
+def on_disk(change=lambda pixels: pixels):
+    """The digits as if they were read from files."""
     data = digits()
-    pixels = np.rint(data.images * 255).astype(np.uint8)
+    pixels = change(np.rint(data.images * 255).astype(np.uint8))
 
     def read(positions):
         return [
             Record(encode_png(pixels[i]), int(data.labels[i]), i, f"{i}.png") for i in positions
         ]
 
-    source = Source(read=read, count=COUNT, class_names=data.class_names, channels=1)
-    alone = train(None, source, validate=None, averaged=False)
+    return Source(read=read, count=COUNT, class_names=data.class_names, channels=1)
+
+
+def test_files_validation_and_source_change_nothing(unbroken):
+    alone = train(None, on_disk(), validate=None, averaged=False)
     chex.assert_trees_all_equal(numbers(alone.state), numbers(unbroken[0].state))
     assert alone.history == []
     assert (alone.best_epoch, alone.epochs) == (EPOCHS, EPOCHS)
@@ -409,3 +413,10 @@ def test_the_checkpoint_of_another_run_is_refused_and_kept(unbroken, options, me
     with pytest.raises(checkpoint.CheckpointError, match=message):
         train(directory, **options)
     assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
+
+
+def test_other_images_on_disk_are_another_run(tmp_path):
+    train(tmp_path, on_disk(), epochs=1)
+    train(tmp_path, on_disk(), epochs=2)
+    with pytest.raises(checkpoint.CheckpointError, match="expected a run with data 84 on disk"):
+        train(tmp_path, on_disk(lambda pixels: 255 - pixels), epochs=3)

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrobust"
 FLOORS = [
     {"balls", "bisection", "files", "flops", "identity", "keys", "losses", "metrics", "parallel"},
-    {"attacks", "data", "models", "salience", "smoothing", "weights"},
+    {"attacks", "data", "inference", "models", "salience", "smoothing", "weights"},
     {"checkpoint", "evaluation", "training"},
     {"cropd", "safeclip", "selective", "sipat", "text"},
 ]

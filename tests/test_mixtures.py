@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import common, mixtures, plots_sipat
+from experiments import mixtures, plots_sipat, records
 
 
 def outcomes(clean, robust, n=100):
@@ -98,7 +98,7 @@ def test_no_mixture_of_two_exceeds_the_boundary_and_its_corners_are_points():
 
 def test_outcomes_come_back_from_their_packed_form():
     right = np.random.default_rng(1).random((3, 77)) < 0.4
-    np.testing.assert_array_equal(common.unpacked(common.packed(right), 77), right)
+    np.testing.assert_array_equal(records.unpacked(records.packed(right), 77), right)
 
 
 def random_outcomes(seed, shares, n=60):
@@ -135,7 +135,7 @@ def record(cells, seeds=2):
     found = [
         {
             "key": {"dataset": "digits", "method": method, "seed": seed},
-            "metrics": {"outcomes": common.packed(rows), "images": rows.shape[1], **suite},
+            "metrics": {"outcomes": records.packed(rows), "images": rows.shape[1], **suite},
         }
         for method, (outcome, suite) in cells.items()
         for seed, rows in enumerate(outcome)

@@ -319,13 +319,14 @@ for mapping in parallel.MAPPINGS:
     leaves = [leaf.tolist() for leaf in jax.tree.leaves(run)]
     (out / f"{mapping}-{rank}.json").write_text(json.dumps(leaves))
 # Saves whenever process 0 says so, whatever the clock of process 1, and goes on from there.
-often = {"save_steps": None, "save_every": [0.0, 1e9][rank], "log_every": 3}
+saver = sys.modules["jaxrobust.training.saver"]
+saver._ASK_EVERY, saver._SAVING = 3, 1e9
+often = {"save_steps": None, "save_every": [0.0, 1e9][rank]}
 for epochs in (1, 2):
     fitted = test_fit.train(out / "run", devices=4, epochs=epochs, **often)
 weights = np.asarray(fitted.state.params["w"]).tolist()
 (out / f"fit-{rank}.json").write_text(json.dumps([fitted.history, weights]))
-# More than the steps of any pass.
-sys.modules["jaxrobust.safeclip.fit"]._ASK_EVERY = 9
+saver._ASK_EVERY = 9  # more than the steps of any pass
 for name, changes in (("similarity", {}), ("agreement", test_safeclip_fit.AGREEING)):
     options = {"mesh": mesh, "directory": out / name, "save_every": [0.0, 1e9][rank]}
     recipe = test_safeclip_fit.recipe(epochs=4, **changes)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import (
-    common,
     plots_safeclip,
+    records,
     safeclip,
     safeclip_choice,
     safeclip_evaluation,
@@ -332,7 +332,7 @@ def test_weights_of_other_pairs_are_refused(tmp_path, world, monkeypatch):
     key = {"attack": "badnets", "method": "clip", "seed": 0}
     options = SimpleNamespace(runs=tmp_path, experiment="safeclip", preset="test")
     _, other = safeclip.plant({**key, "seed": 1}, CONFIG, world)
-    monkeypatch.setattr(common, "kept", lambda *_: ({}, {"manifest": other.sha256}))
+    monkeypatch.setattr(records, "kept", lambda *_: ({}, {"manifest": other.sha256}))
     with pytest.raises(SystemExit, match=f"was trained on other pairs: .*{other.sha256}"):
         safeclip.trained(key, CONFIG, world, options)
     assert safeclip.trained({**key, "seed": 1}, CONFIG, world, options)[0] == {}

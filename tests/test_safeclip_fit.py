@@ -1,7 +1,5 @@
 """Whole runs: schedules, growth of the safe set, and a stop at any moment."""
 
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -98,7 +96,7 @@ def fit_until(after, recipe, **options):
 def test_a_stopped_run_ends_as_if_it_had_not_been(whole, tmp_path, after, changes):
     unbroken = fit(recipe(**changes), views=noisy) if changes else whole
     views = noisy if changes else None
-    fit_until(after, recipe(**changes), views=views, directory=tmp_path, save_every=-1.0)
+    fit_until(after, recipe(**changes), views=views, directory=tmp_path, save_steps=1)
     again = fit(recipe(**changes), views=views, directory=tmp_path, save_every=1e9)
     same(again, unbroken)
 
@@ -111,21 +109,9 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
 
 
 def test_a_finished_run_is_final_even_if_its_last_step_was_saved_before(whole, tmp_path):
-    fit(recipe(), directory=tmp_path, save_every=-1.0)
+    fit(recipe(), directory=tmp_path, save_steps=1)
     again = fit(recipe(), directory=tmp_path, evaluate=lambda *_: pytest.fail("it was run again"))
     same(again, whole)
-
-
-def test_processes_ask_for_a_checkpoint_across_passes_shorter_than_their_patience(
-    tmp_path, monkeypatch
-):
-    # No pass of these has as many steps.
-    monkeypatch.setattr(sys.modules["jaxrobust.safeclip.fit"], "_ASK_EVERY", N // BATCH + 1)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(parallel, "agreed", lambda value: value)
-    saver = sys.modules["jaxrobust.safeclip.fit"]._Saver(tmp_path, -1.0, {})
-    due = [saver.is_due() for _ in range(3 * (N // BATCH + 1))]
-    assert np.flatnonzero(due).tolist() == [8, 17, 26]
 
 
 def test_what_evaluate_gives_is_in_the_history_as_json_has_it(tmp_path):

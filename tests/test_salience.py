@@ -232,11 +232,14 @@ def test_devices_see_what_one_sees(method, cnn):
     )
 
 
-@pytest.mark.parametrize("batch_size", [3, 4, 100])
-def test_all_images_are_worked_through_in_batches(batch_size):
+@pytest.mark.parametrize(("batch_size", "devices"), [(3, None), (4, None), (100, None), (3, 2)])
+def test_all_images_are_worked_through_in_batches(batch_size, devices):
     apply = lambda w, x, **options: x.reshape(len(x), -1) @ w  # noqa: E731
     method = partial(salience.rise, samples=2, cells=2)
-    scores = salience.compute(method, apply, W, X, LABELS, key=KEYS, batch_size=batch_size)
+    scores = salience.compute(
+        method, apply, W, X, LABELS, key=KEYS, batch_size=batch_size,
+        mesh=devices and parallel.data_mesh(devices),
+    )  # fmt: skip
     expected = method(linear, X, LABELS, KEYS)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import common, tables
+from experiments import common, records, tables
 
 
 @pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.parent.name)
@@ -25,7 +25,7 @@ def test_a_choice_has_figures_of_the_full_table_alone():
         kind = name.split("-")[0]
         if kind not in tables.CHOICES:
             continue
-        path = common.RESULTS / f"{name}.json"
+        path = records.RESULTS / f"{name}.json"
         sources = [tables.MAKERS[kind](path)]
         if kind == "adversarial_training":
             other = "autoattack_benchmark"

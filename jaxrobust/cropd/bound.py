@@ -17,7 +17,7 @@ import scipy.spatial
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxrobust import losses, parallel
+from jaxrobust import inference, losses, parallel
 from jaxrobust.attacks.inputs import check_labels, check_number, check_steps
 from jaxrobust.data import check_images
 from jaxrobust.evaluation import LossOfModel
@@ -113,7 +113,7 @@ def bound_report(
     size = parallel.rounded(batch_size, mesh)
     variables = parallel.replicate(variables, mesh)
     parts = []
-    for rows in parallel.filled(np.arange(len(images)), size):
+    for rows in inference.filled(np.arange(len(images)), size):
         x, y, own = parallel.place((images[rows], labels[rows], keys[rows]), mesh)
         x_adv = attack(loss_fn, x, own, args=(variables, y))
         parts.append(_terms(look(variables, x), look(variables, x_adv), y))

@@ -1,16 +1,13 @@
 """The features that a linear head on a defended model sees; `fit_head` then trains the head."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
-from tqdm import tqdm
 
-from jaxrobust import parallel
-from jaxrobust.attacks.inputs import check_steps
+from jaxrobust import inference
 from jaxrobust.data import check_images
 from jaxrobust.models import Model
 from jaxrobust.models.defended import Features
@@ -45,20 +42,13 @@ def features(
     Raises:
         ValueError: the model is not one of `models.defend`, or batch_size < 1.
     """
-    check_steps(batch_size, "batch_size")
     if defended.config.get("name") != "defended":
         raise ValueError(f"defended must be made by models.defend, got {defended.config}")
     images = check_images(images)
-    count = len(images)
-    mine = parallel.own_rows(count)
-    size = parallel.rounded(min(batch_size, len(mine)), mesh)
-    batches = list(parallel.filled(mine, size))
-    variables, look = parallel.replicate(variables, mesh), _Look(Features(defended))
-    found = [
-        np.asarray(_run(look, mesh, variables, images[rows]))
-        for rows in tqdm(batches, "features", disable=not progress)
-    ]
-    return parallel.all_rows(found, count)
+    return inference.over_set(
+        _Look(Features(defended)), variables, lambda rows: images[rows], len(images),
+        batch_size=batch_size, mesh=mesh, progress=progress, label="features",
+    )  # fmt: skip
 
 
 class _Look(NamedTuple):
@@ -69,8 +59,3 @@ class _Look(NamedTuple):
     def __call__(self, variables: Any, x: jax.Array, axis_name: str | None) -> jax.Array:
         """[b, d] features."""
         return self.features(variables, x)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(look, mesh, variables, x):
-    return parallel.map_examples(look, mesh)(variables, x)

@@ -155,12 +155,12 @@ def digests(images: Images) -> list[bytes]:
 
 
 def identity(images: Images) -> bytes:
-    """Digest of images in memory; of stored ones, of which they are, without decoding any."""
+    """Digest of images in memory; of stored ones, of which they are and of some of their files."""
     digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
     held = [images]
     if isinstance(images, StoredImages):
         held = [images.places, images.added]
-        digest.update(f"{len(images.source)} {images.source.size}".encode())
+        digest.update(images.source.fingerprint().encode())
     for array in held:
         digest.update(np.ascontiguousarray(array))
     return digest.digest()

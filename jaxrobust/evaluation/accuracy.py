@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxrobust import losses, metrics, parallel
+from jaxrobust import inference, losses, metrics, parallel
 from jaxrobust.attacks.inputs import check_labels, check_steps
 from jaxrobust.attacks.wrap import check_takes_loss
 from jaxrobust.data import check_images
@@ -32,7 +32,7 @@ def correct(
     mesh: Mesh | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
     bounds: tuple[float, float] | None = (0.0, 1.0),
-    progress: str | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
     """Which examples are classified rightly, clean or under an attack.
 
@@ -50,7 +50,7 @@ def correct(
         mesh: spreads each batch over devices; one device by default.
         loss: (logits, labels) -> [b], what the attack raises.
         bounds: the box in which the images are to lie; the attack has its own.
-        progress: text of a progress bar, or None for none.
+        progress: show a progress bar.
 
     Returns:
         [n] bool.
@@ -72,8 +72,9 @@ def correct(
     place = partial(parallel.place, mesh=mesh)
     right = []
     variables = parallel.replicate(variables, mesh)  # once, not with every batch
-    batches = list(parallel.filled(np.arange(count), batch_size))
-    for rows in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
+    batches = list(inference.filled(np.arange(count), batch_size))
+    label = "accuracy" if attack is None else f"accuracy under {type(attack).__name__}"
+    for rows in tqdm(batches, desc=label, unit="batch", disable=not progress):
         x, y, free = place((images[rows], labels[rows], None if mask is None else mask[rows]))
         if attack is not None:
             x = attack(objective, x, keys[rows], mask=free, args=(variables, y))
@@ -93,7 +94,7 @@ def accuracy_curve(
     batch_size: int = 250,
     mesh: Mesh | None = None,
     bounds: tuple[float, float] | None = (0.0, 1.0),
-    progress: str | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
     """Which examples survive at each radius: one compilation, the radii one after another.
 
@@ -113,7 +114,7 @@ def accuracy_curve(
             radius is filled up.
         mesh: spreads each batch over devices; one device by default.
         bounds: the box in which the images are to lie; the attack has its own.
-        progress: text of a progress bar, or None for none.
+        progress: show a progress bar.
 
     Returns:
         [len(eps), n] bool; the mean of a row is the accuracy at that radius.
@@ -138,10 +139,11 @@ def accuracy_curve(
     )
     curve = np.zeros((len(eps), count), bool)
     whole = len(eps) * count
-    with tqdm(total=whole, desc=progress, unit="image", disable=progress is None) as bar:
+    label = f"accuracy over eps under {type(attack).__name__}"
+    with tqdm(total=whole, desc=label, unit="image", disable=not progress) as bar:
         for row, radius in enumerate(eps):
             left, found = np.flatnonzero(standing) if radius else np.array([], int), []
-            for rows in parallel.filled(left, batch_size):
+            for rows in inference.filled(left, batch_size):
                 batch = place((images[rows], labels[rows], keys[rows]))
                 right = _correct_at(apply, attack, np.float32(radius), variables, *batch)
                 found.append((rows, right))

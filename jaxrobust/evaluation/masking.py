@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrobust import balls, parallel
+from jaxrobust import balls, inference, parallel
 from jaxrobust.attacks import inputs
 from jaxrobust.attacks.apgd import apgd_ce, apgd_t
 from jaxrobust.attacks.square import square
@@ -176,7 +176,7 @@ class _Model(NamedTuple):
         """function(x, labels, keys, *columns) row by row, with the last batch filled up."""
         parts = []
         columns = (self.images, self.labels, self.keys, *columns)
-        for rows in parallel.filled(np.arange(self.count), self.batch_size):
+        for rows in inference.filled(np.arange(self.count), self.batch_size):
             chosen = parallel.place(tuple(column[rows] for column in columns), self.mesh)
             parts.append(jax.tree.map(np.asarray, function(*chosen)))
         whole = lambda *leaves: np.concatenate(leaves)[: self.count]  # noqa: E731

@@ -5,7 +5,6 @@
 Embeddings of the unimodal phase will do: no poison has ever tied its image to its caption in them.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxrobust import parallel
+from jaxrobust import inference
 from jaxrobust.attacks.inputs import check_steps
 
 # Similarities that a device holds at a time, in each modality: 1 GiB.
@@ -81,14 +80,10 @@ def _centred(embeddings: Array) -> Array:
 def _over(asked: "_Asked", near: Array, told: Array, mesh: Mesh | None) -> np.ndarray:
     """[n] mean similarity in one modality to those who are near in the other."""
     count, devices = len(near), 1 if mesh is None else mesh.size
-    mine = parallel.own_rows(count)
-    size = devices * max(1, min(-(-len(mine) // devices), _AT_ONCE // count))
-    everyone = parallel.replicate((near, told), mesh)
-    found = [
-        np.asarray(_block(asked, mesh, everyone, rows), np.float64)
-        for rows in parallel.filled(mine, size)
-    ]
-    return parallel.all_rows(found, count)
+    at_once = devices * max(1, _AT_ONCE // count)
+    rows = lambda rows: rows  # noqa: E731
+    found = inference.over_set(asked, (near, told), rows, count, batch_size=at_once, mesh=mesh)
+    return found.astype(np.float64)
 
 
 class _Asked(NamedTuple):
@@ -108,11 +103,6 @@ class _Asked(NamedTuple):
         is_asked = jnp.isfinite(closeness)
         similarity = jnp.einsum("bd,bkd->bk", told[rows], told[places], precision="highest")
         return jnp.where(is_asked, similarity, 0).sum(1) / jnp.maximum(is_asked.sum(1), 1)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _block(asked: _Asked, mesh: Mesh | None, everyone: tuple[Array, Array], rows: Array) -> Array:
-    return parallel.map_examples(asked, mesh)(everyone, rows)
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

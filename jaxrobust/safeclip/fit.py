@@ -7,7 +7,6 @@ fitted = safeclip.fit(clip, recipe, pairs.images, tokens, views=views, directory
 import functools
 import hashlib
 import json
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxrobust import checkpoint, data, identity, parallel
+from jaxrobust import data, identity, parallel
+from jaxrobust.attacks.inputs import check_steps
 from jaxrobust.data import stored_images
 from jaxrobust.data.stored_images import Images
 from jaxrobust.models import Clip
@@ -28,9 +28,9 @@ from jaxrobust.safeclip.scoring import similarities
 from jaxrobust.safeclip.split import first_split, fit_mixture, largest, most_similar
 from jaxrobust.safeclip.steps import Views, adamw, create_state, training_step
 from jaxrobust.training import TrainState
+from jaxrobust.training.saver import Saver
 
 _SCORES = 0x5C0E
-_ASK_EVERY = 50
 
 
 class Trust(NamedTuple):
@@ -84,6 +84,7 @@ def fit(
     evaluate: Callable[[int, dict, Trust], dict] | None = None,
     directory: str | Path | None = None,
     save_every: float = 30.0,
+    save_steps: int | None = None,
     progress: bool = True,
     label: str = "pre-training",
 ) -> Pretrained:
@@ -105,20 +106,23 @@ def fit(
             has them.
         directory: where checkpoints go; a run that is there is gone on with, and ends bit-equal to
             one that was never stopped (on GPUs as of `training.fit`). It must have the same pairs
-            and settings; of images on disk only which they are is compared, not what the files
-            hold, and of functions the name and what a `functools.partial` holds.
-        save_every: seconds between checkpoints.
+            and settings; of images on disk some files are compared, and of functions the name and
+            what a `functools.partial` holds.
+        save_every: seconds between checkpoints; more where saving takes over 5 % of the time.
+        save_steps: save every so many steps instead.
         progress: show a progress bar.
         label: of the bar.
 
     Raises:
-        ValueError: pairs that do not fit together, fewer than a batch, or no views for a scoring
-            that needs them.
+        ValueError: pairs that do not fit together, fewer than a batch, no views for a scoring
+            that needs them, or a number out of its range.
         ImportError: the splitter's package is missing.
         checkpoint.CheckpointError: `directory` holds another run.
     """
     images, tokens = stored_images.checked(images), np.asarray(tokens)
     _check(clip, images, tokens, recipe, views)
+    if save_steps is not None:
+        check_steps(save_steps, "save_steps")
     mesh = parallel.data_mesh() if mesh is None else mesh
     local = parallel.data_mesh(mesh.local_devices)
     optimizer = adamw(recipe.weight_decay)
@@ -136,22 +140,19 @@ def fit(
     state = parallel.create(create, mesh, jax.random.key(seed), start)
     nothing = np.zeros(len(images), np.float32)
     trust = Trust(nothing, nothing + 1, np.ones(len(images), bool))
-    saver = _Saver(
-        directory,
-        save_every,
-        {
-            "seed": seed,
-            "pairs": len(images),
-            "data": _identity(images, tokens),
-            "network": clip.config,
-            "views": identity.describe(views),
-            "splitter": identity.describe(recipe.splitter),
-            "dtype": identity.describe(dtype),
-            "start": None if start is None else identity.digest(start),
-            **recipe.numbers,
-        },
-    )
-    state, trust, loop = saver.restored(state, trust)
+    this_run = {
+        "seed": seed, "pairs": len(images), "data": _identity(images, tokens),
+        "network": clip.config, "views": identity.describe(views),
+        "splitter": identity.describe(recipe.splitter), "dtype": identity.describe(dtype),
+        "start": None if start is None else identity.digest(start), **recipe.numbers,
+    }  # fmt: skip
+    saver = Saver(directory, this_run, every=save_every, steps=save_steps)
+    loop = {
+        "epoch": 1, "pass": 0, "step": 0, "last_split": 0, "first_share": 0.0, "fallback": "",
+        "losses": {}, "history": [],
+    }  # fmt: skip
+    (state, trust), loop = saver.restored((state, trust), loop)
+    trust = Trust(*map(np.asarray, trust))
     bar = tqdm(
         total=recipe.epochs, initial=loop["epoch"] - 1, desc=label, unit="epoch",
         disable=not progress or jax.process_index() > 0,
@@ -181,8 +182,8 @@ def fit(
                 loop.update({"pass": number + 1, "step": 0})
             _close(loop, state, trust, evaluate)
             bar.update()
-    saver.save(state, trust, loop)
-    return Pretrained(state, trust, loop["history"], loop["seconds"])
+    saver.save(int(state.step), (state, trust), loop)
+    return Pretrained(state, trust, loop["history"], saver.seconds)
 
 
 def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.Array) -> Trust:
@@ -248,11 +249,11 @@ def _same(tree: Any) -> Any:
 def _run(step, state, trust, loop, kind: str, batches, saver) -> TrainState:
     """One pass, or what is left of it."""
     waiting = []
-    for batch in batches:
+    for position, batch in enumerate(batches, int(state.step)):
         # Before a step, for after the last one of an epoch its evaluation is still to come.
-        if saver.is_due():
+        if saver.is_due(position):
             _settle(loop, kind, waiting)
-            saver.save(state, trust, loop)
+            saver.save(position, (state, trust), loop)
         state, metrics = step(state, batch)
         waiting.append(metrics["loss"])
         loop["step"] += 1
@@ -283,46 +284,6 @@ def _close(loop: dict, state: TrainState, trust: Trust, evaluate) -> None:
         entry |= json.loads(json.dumps(found, default=lambda value: np.asarray(value).tolist()))
     loop["history"] = [*loop["history"], entry]
     loop.update({"epoch": loop["epoch"] + 1, "pass": 0, "step": 0, "losses": {}})
-
-
-class _Saver:
-    """Checkpoints of the state, of what is known of the pairs, and of where the loop stands."""
-
-    def __init__(self, directory, every: float, settings: dict):
-        self.folder = None if directory is None else Path(directory) / "checkpoint"
-        self.every, self.settings = every, settings
-        self.begun = self.saved = time.monotonic()
-        self.earlier, self.asked = 0.0, 0
-
-    def restored(self, state, trust):
-        """(state, trust, loop), of the checkpoint if there is one."""
-        loop = {
-            "epoch": 1, "pass": 0, "step": 0, "last_split": 0, "first_share": 0.0, "fallback": "",
-            "losses": {}, "history": [], "seconds": 0.0, "settings": self.settings,
-        }  # fmt: skip
-        found = self.folder and checkpoint.restore(self.folder, (state, trust._asdict()))
-        if not found:
-            return state, trust, loop
-        _, (state, trust), loop = found
-        identity.check_same_run(self.folder, loop["settings"], self.settings)
-        self.earlier = loop["seconds"]
-        return state, Trust(**{name: np.asarray(value) for name, value in trust.items()}), loop
-
-    def is_due(self) -> bool:
-        """Whether it is time for a checkpoint, by process 0's clock."""
-        self.asked += 1
-        # All processes must save at the same step. Asking makes them wait, so it is seldom.
-        if self.folder is None or (jax.process_count() > 1 and self.asked % _ASK_EVERY):
-            return False
-        return parallel.agreed(time.monotonic() - self.saved > self.every)
-
-    def save(self, state, trust, loop) -> None:
-        """Saves, unless this very step is there already."""
-        loop["seconds"] = self.earlier + time.monotonic() - self.begun
-        step = int(state.step)
-        if self.folder is not None and checkpoint.latest_step(self.folder) != step:
-            checkpoint.save(self.folder, step, (state, trust._asdict()), loop=loop)
-        self.saved = time.monotonic()
 
 
 def _identity(images: Images, tokens: np.ndarray) -> str:

@@ -1,16 +1,14 @@
 """How far a pair is to be trusted, by the network as it stands."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
-from tqdm import tqdm
 
-from jaxrobust import data, parallel
+from jaxrobust import inference
 from jaxrobust.attacks.inputs import check_steps
 from jaxrobust.keys import example_keys, fold
 from jaxrobust.models import Clip
@@ -66,37 +64,18 @@ def similarities(
         raise ValueError("scoring='augmented' needs views and key")
     check_steps(draws, "draws")
     look = _Look((clip.encode_image, clip.encode_text), views, draws, scoring)
-    pairs = _Pairs(images, tokens, jax.random.key(0) if key is None else key)
-    found = _over(pairs, look, variables, batch_size, mesh, progress)
+    keys = example_keys(jax.random.key(0) if key is None else key, len(images))
+
+    def read(rows: np.ndarray) -> tuple:
+        return np.asarray(images[rows]), tokens[rows], keys[rows]
+
+    found = inference.over_set(
+        look, variables, read, len(images), batch_size=batch_size, mesh=mesh, progress=progress,
+        label="scores",
+    )  # fmt: skip
     if scoring == "agreement":
         return agreement(*found, neighbours=neighbours, mesh=mesh)
     return found.astype(np.float64)
-
-
-class _Pairs(NamedTuple):
-    """All that is scored."""
-
-    images: Any
-    tokens: Any
-    key: jax.Array
-
-
-def _over(pairs: _Pairs, look: "_Look", variables, batch_size, mesh, progress) -> Any:
-    """`look` at all pairs, batch by batch, each process at its share; arrays of n rows."""
-    check_steps(batch_size, "batch_size")
-    count = len(pairs.images)
-    keys = example_keys(pairs.key, count)
-    variables = parallel.replicate(variables, mesh)
-    size = parallel.rounded(batch_size, mesh)
-    batches = list(parallel.filled(parallel.own_rows(count), size))
-
-    def read(rows: np.ndarray) -> tuple:
-        return np.asarray(pairs.images[rows]), pairs.tokens[rows], keys[rows]
-
-    ready = data.prefetch(map(read, batches))
-    bar = tqdm(ready, "scores", len(batches), disable=not progress, leave=False)
-    found = [jax.tree.map(np.asarray, _run(look, mesh, variables, batch)) for batch in bar]
-    return jax.tree.map(lambda *parts: parallel.all_rows(parts, count), *found)
 
 
 class _Look(NamedTuple):
@@ -132,8 +111,3 @@ class _Look(NamedTuple):
         """[b] cosines of images and captions, row by row."""
         image, caption = self.embeddings(variables, images, tokens)
         return (image * caption).sum(1)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(look, mesh, variables, batch):
-    return parallel.map_examples(look, mesh)(variables, batch)

@@ -1,4 +1,4 @@
-"""Maps of a whole data set: computed in one jitted pass, and kept on disk by example id."""
+"""Maps of a whole data set: computed by one compiled program, and kept on disk by example id."""
 
 import functools
 import hashlib
@@ -6,14 +6,14 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxrobust.attacks.inputs import check_steps
+from jaxrobust import inference
 from jaxrobust.files import atomic_write
 from jaxrobust.keys import example_keys, numbered_keys
 
@@ -31,7 +31,9 @@ def compute(
     key: Array | None = None,
     indices: Any = None,
     batch_size: int = 250,
-) -> Float[Array, "n h w 1"]:
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> Float[np.ndarray, "n h w 1"]:
     """The scores of all images: one compiled program, which works through them in batches.
 
     Args:
@@ -44,17 +46,19 @@ def compute(
         key: one typed key, for methods that draw.
         indices: [n] ids of the examples, which are folded into the key, so that a map does not
             depend on the others that are made with it; by default row numbers.
-        batch_size: images at a time, which bounds the memory.
+        batch_size: images at a time, rounded up to a multiple of the devices; no more are on them.
+        mesh: this process's devices, over which a batch is spread; one device by default. With
+            several processes each one explains its share, and all get all scores.
+        progress: show a progress bar.
 
     Returns:
         [n, h, w, 1] scores.
 
     Raises:
         TypeError: key is not a typed key.
-        ValueError: batch_size < 1, or images and labels that do not fit.
+        ValueError: batch_size < 1, no images, or images and labels that do not fit.
     """
-    check_steps(batch_size, "batch_size")
-    images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+    images, labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
     if images.ndim != 4 or labels.shape != (len(images),):
         raise ValueError(
             f"images must be [n, h, w, c] with labels [n], got {images.shape} and {labels.shape}"
@@ -62,19 +66,25 @@ def compute(
     if key is not None and indices is not None:
         key = numbered_keys(key, indices)
     keys = None if key is None else example_keys(key, len(images))
-    size = min(batch_size, max(len(images), 1))
-    return _all_scores(method, apply, size, variables, images, labels, keys)
+
+    def read(rows: np.ndarray) -> tuple:
+        return images[rows], labels[rows], None if keys is None else keys[rows]
+
+    return inference.over_set(
+        _Look(method, apply), variables, read, len(images), batch_size=batch_size, mesh=mesh,
+        progress=progress, label="salience",
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _all_scores(method, apply, size, variables, images, labels, keys):
-    bound = lambda x, **options: apply(variables, x, **options)  # noqa: E731
-    run = lambda batch: method(bound, *batch)  # noqa: E731
-    count = len(images)
-    # The last batch is filled up with the first images, and what they give is cut off.
-    rows = jnp.arange(-(-count // size) * size).reshape(-1, size) % max(count, 1)
-    batches = jax.tree.map(lambda column: column[rows], (images, labels, keys))
-    return jax.lax.map(run, batches).reshape(-1, *images.shape[1:3], 1)[:count]
+class _Look(NamedTuple):
+    """What is compiled for."""
+
+    method: Method
+    apply: Callable[..., Any]
+
+    def __call__(self, variables: Any, batch: tuple, axis_name: str | None) -> Array:
+        """[b, h, w, 1] scores."""
+        return self.method(lambda x, **options: self.apply(variables, x, **options), *batch)
 
 
 def made_by(method: Method, variables: Any, **further: Any) -> dict[str, Any]:

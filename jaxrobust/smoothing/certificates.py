@@ -65,7 +65,7 @@ def certify(
     mesh: Mesh | None = None,
     batch_size: int = 250,
     bounds: tuple[float, float] | None = (0.0, 1.0),
-    progress: str | None = None,
+    progress: bool = False,
 ) -> Certificate:
     """The radius around each example within which the smoothed classifier cannot change.
 
@@ -93,7 +93,7 @@ def certify(
         mesh: spreads the examples over devices (`parallel.data_mesh()`); one device by default.
         batch_size: examples per call to the device, at most.
         bounds: the box that x must lie in; None for any finite x. The noise leaves it.
-        progress: text of a progress bar, or None for none.
+        progress: show a progress bar.
 
     Returns:
         The certificates.
@@ -135,7 +135,7 @@ def predict(
     mesh: Mesh | None = None,
     batch_size: int = 250,
     bounds: tuple[float, float] | None = (0.0, 1.0),
-    progress: str | None = None,
+    progress: bool = False,
 ) -> Prediction:
     """The class of the smoothed classifier, or an abstention where the samples do not tell.
 
@@ -155,7 +155,7 @@ def predict(
         mesh: spreads the examples over devices.
         batch_size: examples per call to the device, at most.
         bounds: the box that x must lie in, or None.
-        progress: text of a progress bar, or None for none.
+        progress: show a progress bar.
 
     Returns:
         The predictions.

@@ -111,7 +111,7 @@ def count_in_batches(
     size = -(-len(x) // max(1, -(-len(x) // batch_size)))
     parts = [_split(np.zeros((0, _classes(logits_fn, x, args) * 2 + 1), np.int32))]
     starts = range(0, len(x), max(size, 1))
-    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+    for start in tqdm(starts, desc="noise", unit="batch", disable=not progress):
         part = slice(start, start + size)
         tally = _tally_of(
             logits_fn, x[part], keys[part], sigma, 0, first, samples, chunk, args, mesh, size

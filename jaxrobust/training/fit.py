@@ -15,6 +15,7 @@ from tqdm import tqdm
 from jaxrobust import checkpoint, data, identity, parallel
 from jaxrobust.attacks.inputs import check_steps
 from jaxrobust.training.logging import metric_logger
+from jaxrobust.training.saver import Saver
 from jaxrobust.training.state import TrainState
 from jaxrobust.training.step import Step
 
@@ -90,7 +91,7 @@ def fit(
             of this run, the run goes on from there.
         settings: what else makes this run what it is, such as the learning rate, which no step
             tells. A checkpoint with others is refused.
-        save_every: seconds between checkpoints.
+        save_every: seconds between checkpoints; more where saving takes over 5 % of the time.
         save_steps: save every so many steps instead.
         log_every: steps between rows of metrics.csv.
         tensorboard: TensorBoard events beside it.
@@ -102,7 +103,7 @@ def fit(
             compiled.
         TypeError: no data set, images that are no floats, or labels that are no whole numbers.
         CheckpointError: `directory` holds a damaged checkpoint, one of more epochs, or that of
-            another model, objective, seed, batch size, data set (of one on disk its size alone is
+            another model, objective, seed, batch size, data set (of one on disk some records are
             compared) or other settings.
         FloatingPointError: the loss is no finite number any more; looked at where it is logged,
             and before anything is saved.
@@ -128,8 +129,12 @@ def fit(
         "key": identity.digest(jax.random.key_data(state.key.addressable_data(0))),
         "step": getattr(step, "config", None),
     }  # fmt: skip
-    saver = _Saver(directory, save_every, save_steps, log_every)
-    state, best, loop = saver.restored(state, best, this_run)
+    saver = Saver(directory, this_run, every=save_every, steps=save_steps)
+    loop = {"best_score": None, "best_epoch": 0, "history": [], "waited": 0}
+    loop["validation_seconds"] = 0.0
+    (state, best), loop = saver.restored((state, best), loop)
+    # On the host, as it was: several processes can save no array that lies on one device.
+    best = jax.tree.map(np.asarray, best)
     position = int(state.step)
     if position > total:
         raise checkpoint.CheckpointError(
@@ -178,10 +183,10 @@ def fit(
                 stopped = patience is not None and loop["waited"] >= patience
             if position < total and saver.is_due(position):
                 _check_finite(metrics, position)
-                saver.save(position, state, best, loop)
+                saver.save(position, (state, best), loop)
         jax.block_until_ready(state)
     _check_finite(metrics, position)
-    saver.save(position, state, best, loop)
+    saver.save(position, (state, best), loop)
     last = epochs if position == total else position // per_epoch
     return Fitted(
         state=state,
@@ -192,54 +197,6 @@ def fit(
         seconds=saver.seconds,
         validation_seconds=loop["validation_seconds"],
     )
-
-
-class _Saver:
-    """Checkpoints of the state, of the best weights, and of where the loop stands."""
-
-    def __init__(self, directory, save_every: float, save_steps: int | None, log_every: int):
-        self.folder = None if directory is None else Path(directory) / "checkpoint"
-        self.save_every, self.save_steps, self.log_every = save_every, save_steps, log_every
-        self.begun = self.saved = time.monotonic()
-        self.earlier, self.resumed = 0.0, False
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole run, what came before a restart included."""
-        return self.earlier + time.monotonic() - self.begun
-
-    def restored(self, state: TrainState, best: dict, this_run: dict) -> tuple:
-        """(state, best, loop), of the checkpoint if there is one."""
-        loop = {"best_score": None, "best_epoch": 0, "history": [], "seconds": 0.0, "waited": 0}
-        loop |= {"run": this_run, "validation_seconds": 0.0}
-        found = self.folder and checkpoint.restore(self.folder, (state, best))
-        if found:
-            _, (state, best), loop = found
-            identity.check_same_run(self.folder, loop.get("run", {}), this_run)
-            self.earlier, self.resumed = loop["seconds"], True
-        self.begun = self.saved = time.monotonic()
-        # On the host, as it was: several processes can save no array that lies on one device.
-        return state, jax.tree.map(np.asarray, best), loop
-
-    def is_due(self, position: int) -> bool:
-        """Whether it is time for a checkpoint."""
-        if self.folder is None:
-            return False
-        if self.save_steps:
-            return position % self.save_steps == 0
-        late = time.monotonic() - self.saved > self.save_every
-        # All processes must save at the same step. Asking makes them wait, so it is seldom.
-        if jax.process_count() > 1:
-            return position % self.log_every == 0 and parallel.agreed(late)
-        return late
-
-    def save(self, position: int, state: TrainState, best: dict, loop: dict) -> None:
-        """Saves, unless this very step is there already."""
-        if self.folder is None or checkpoint.latest_step(self.folder) == position:
-            return
-        loop["seconds"] = self.seconds
-        checkpoint.save(self.folder, position, (state, best), loop=loop)
-        self.saved = time.monotonic()
 
 
 def _check_examples(dataset, batch_size, mesh):
@@ -256,9 +213,9 @@ def _check_examples(dataset, batch_size, mesh):
 
 
 def _identity(dataset: data.Dataset | data.Source) -> str:
-    """Which examples are trained on, in which order; of those on disk only how many."""
+    """Which examples are trained on, in which order."""
     if isinstance(dataset, data.Source):
-        return f"{len(dataset)} on disk"
+        return f"{len(dataset)} on disk {dataset.fingerprint()[:16]}"
     # Not the salience: maps may be made anew while a run goes on.
     columns = {name: getattr(dataset, name) for name in ("images", "labels", "indices")}
     return f"{len(dataset.labels)} {identity.digest(columns)[:16]}"
