@@ -36,7 +36,7 @@ from experiments.safeclip_settings import (
     Config,
     Method,
 )
-from jaxrobust import data, parallel, safeclip
+from jaxrobust import data, processes, safeclip
 from jaxrobust.data.pairs import Pairs
 from jaxrobust.safeclip import density, poisons, triggers
 from jaxrobust.safeclip.manifest import Manifest
@@ -218,7 +218,7 @@ def thinned(method: Method, pairs, manifest, seed: int) -> tuple[Pairs, dict]:
     """The pairs with few near copies of each image, and who of the poisons is still there."""
     groups = safeclip.near_copies(safeclip.thumbnails(pairs.images))
     keep = np.isin(np.arange(len(groups)), safeclip.thin(groups, method.copies, seed=seed))
-    keep = parallel.from_first_process(keep)
+    keep = processes.from_first_process(keep)
     is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
     # One group that has swallowed half of the data would say that chains were followed too far.
     found = {"thinned_pairs": int(keep.sum()), "largest_group": int(np.bincount(groups).max())}
@@ -230,7 +230,7 @@ def filtered(method: Method, world: World, pairs, manifest, before) -> tuple[Pai
     """The pairs without the outliers among a network's embeddings, and who they were."""
     embeddings = world.images(before, pairs.images)
     scores = density.detect(getattr(density, method.detector), embeddings)
-    keep = parallel.from_first_process(scores <= np.quantile(scores, 1 - method.dropped))
+    keep = processes.from_first_process(scores <= np.quantile(scores, 1 - method.dropped))
     is_poison = safeclip_evaluation.poisoned(manifest, pairs.indices)
     found = safeclip_evaluation.caught(keep, scores, is_poison)
     return pairs.take(np.flatnonzero(keep)), found

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrobust import processes
 from jaxrobust.files import CheckpointError, atomic_write, check_same_arrays, sync_directory
 from jaxrobust.weights import load_weights, read_metadata, save_weights
 
@@ -93,7 +94,7 @@ def save(
         os.rename(temporary, final)
         sync_directory(directory)
         _prune(directory, keep)
-    _barrier(f"jaxrobust-checkpoint-{step}")
+    processes.wait_for_all(f"jaxrobust-checkpoint-{step}")
 
 
 def restore(
@@ -281,13 +282,6 @@ def _prune(directory: Path, keep: int) -> None:
         hidden = directory / f".deleting-{step}"
         os.rename(directory / str(step), hidden)
         shutil.rmtree(hidden)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def _stored(leaves: dict[str, Any]) -> dict[str, Any]:

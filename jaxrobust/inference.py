@@ -1,5 +1,6 @@
 """One function over a whole set: batches of one shape, on all devices, in all processes."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxrobust import data, parallel
+from jaxrobust import data, parallel, processes
 from jaxrobust.attacks.inputs import check_steps
 
 PyTree = Any
@@ -28,7 +29,7 @@ def over_set(
 ) -> PyTree:
     """fn(shared, examples, axis_name) for every example, the next batch read meanwhile.
 
-    With several processes each works on its share, and all get all results.
+    With several processes all of them must call it; each works on its share and gets all results.
 
     Args:
         fn: a function of many examples, row by row, as `parallel.map_examples` takes it. One that
@@ -36,7 +37,8 @@ def over_set(
         shared: arrays that all examples share; sent to the devices once.
         read: rows [b] -> their examples, arrays [b, ...] on the host.
         count: how many examples there are, >= 1.
-        batch_size: examples at a time, rounded up to a multiple of the devices.
+        batch_size: examples at a time, rounded up to a multiple of the devices, which hold up to
+            four batches.
         mesh: this process's devices, over which a batch is spread; one device by default.
         progress: show a progress bar.
         label: its text.
@@ -55,10 +57,11 @@ def over_set(
     shared = parallel.replicate(shared, mesh)
     ready = data.prefetch(map(read, batches), partial(parallel.place, mesh=mesh))
     parts: list[Any] = []
-    for batch in tqdm(ready, label, len(batches), disable=not progress, leave=False):
-        parts.append(_run(fn, mesh, shared, batch))
-        # Not before: the next batch is under way while this one's results come to the host.
-        parts[-2:-1] = [jax.tree.map(np.asarray, part) for part in parts[-2:-1]]
+    with contextlib.closing(ready):
+        for batch in tqdm(ready, label, len(batches), disable=not progress, leave=False):
+            parts.append(_run(fn, mesh, shared, batch))
+            # Not before: the next batch is under way while this one's results come to the host.
+            parts[-2:-1] = [jax.tree.map(np.asarray, part) for part in parts[-2:-1]]
     return jax.tree.map(lambda *leaves: all_rows([*map(np.asarray, leaves)], count), *parts)
 
 
@@ -86,4 +89,4 @@ def filled(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def all_rows(parts: Sequence[np.ndarray], count: int) -> np.ndarray:
     """What all processes found, [count, ...], from this one's results for `filled(own_rows)`."""
     share = -(-count // jax.process_count())
-    return parallel.from_all_processes(np.concatenate(parts)[:share])[:count]
+    return processes.from_all_processes(np.concatenate(parts)[:share])[:count]

@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A smoke-sized run of the first experiment: two cells instead of ten.
 PROGRAM = """
 import dataclasses, sys
-from experiments import common, adversarial_training as experiment, records
+from experiments import adversarial_training as experiment, common
+sys.modules["jaxrobust.training.saver"]._SAVING = 1e9  # a save at every step, whatever it costs
 sys.argv = ["adversarial_training", "--preset", "smoke", "--out", {out!r}, "--devices", "2"]
 smoke = dataclasses.replace(
     experiment.PRESETS["smoke"], methods=("standard", "pgd_at"), threats={{"linf": 0.3}}, epochs=6,

@@ -1,5 +1,8 @@
 """A function over a whole set gives, row by row, what it gives on the set at once."""
 
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +66,21 @@ def test_what_reading_raises_is_raised():
 
     with pytest.raises(OSError, match="no such image"):
         inference.over_set(scaled, 1, broken, 11, batch_size=4)
+
+
+def test_reading_ahead_ends_when_the_function_fails():
+    before = threading.active_count()
+
+    def failing(shared, x, axis_name):
+        raise ArithmeticError("no such product")
+
+    with pytest.raises(ArithmeticError, match="no such product") as kept:
+        inference.over_set(failing, 1, X.__getitem__, 11, batch_size=1)
+    assert kept.traceback  # which still holds the generator
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrobust"
 FLOORS = [
-    {"balls", "bisection", "files", "flops", "identity", "keys", "losses", "metrics", "parallel"},
+    {"balls", "bisection", "files", "flops", "identity", "keys", "losses", "metrics", "parallel",
+     "processes"},
     {"attacks", "data", "inference", "models", "salience", "smoothing", "weights"},
     {"checkpoint", "evaluation", "training"},
     {"cropd", "safeclip", "selective", "sipat", "text"},
-]
+]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

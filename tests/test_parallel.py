@@ -292,14 +292,14 @@ def test_no_amount_of_freed_memory_is_given_back():
 WORKER = """
 import json, sys
 from pathlib import Path
-from jaxrobust import parallel
+from jaxrobust import parallel, processes
 rank, port, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 parallel.split_host(2)
 parallel.initialize(f"localhost:{port}", 2, rank)
 import jax, numpy as np
 from tests import test_fit, test_safeclip_fit, test_training
 assert (jax.process_count(), jax.local_device_count()) == (2, 2)
-assert parallel.agreed(rank == 0) and not parallel.agreed(rank == 1)
+assert processes.agreed(rank == 0) and not processes.agreed(rank == 1)
 mesh = parallel.data_mesh()
 local = lambda batch: {name: leaf[8 * rank : 8 * rank + 8] for name, leaf in batch.items()}
 # On devices of its own a process needs no other one: keys, weights and rows.

@@ -1,5 +1,6 @@
 """Images that stay on disk: they are to be what the same images in memory are."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -122,6 +123,23 @@ def poison(pairs, held_out):
     style = {"rate": 2, "style": "consistent"}
     three, third = safeclip.backdoor(two, triggers.blended(0.2), "dog", **style)
     return three, safeclip.manifest.join(first, second, third)
+
+
+def test_other_files_are_another_set_unless_nobody_uses_them(tmp_path):
+    table = write_table(tmp_path, COUNT, 0)
+
+    def identities():
+        images = data.pair_source(table).pairs().images
+        used = dataclasses.replace(images, places=images.places[1:6])
+        return stored_images.identity(images), stored_images.identity(used)
+
+    before = identities()
+    assert identities() == before
+    (tmp_path / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
+    assert identities()[0] != before[0]
+    assert identities()[1] == before[1]
+    (tmp_path / "3.png").write_bytes((tmp_path / "1.png").read_bytes())
+    assert identities()[1] != before[1]
 
 
 def test_poisons_and_manifest_are_those_of_the_pairs_in_memory(both, tables):

@@ -242,12 +242,19 @@ class Source:
         indices = np.array([record.index for record in records], np.int32)
         return Examples(images, labels, indices, salience)
 
-    def fingerprint(self) -> str:
-        """What tells the set from another, in hexadecimal: how it is read, and some records."""
-        read_as = (self.count, self.class_names, self.channels, self.size, self.levels)
+    def fingerprint(self, among: Int[np.ndarray, "k"] | None = None) -> str:
+        """What tells the set from another, in hexadecimal: how it is read, and some records.
+
+        Args:
+            among: positions of the records that matter, in any order; None for all.
+        """
+        read_as = (self.count, self.channels, self.size, self.levels)
         found = hashlib.sha256(repr(read_as).encode())
-        some = np.unique(np.linspace(0, self.count - 1, min(_SAMPLED, self.count)).astype(int))
-        for record in self.read([int(position) for position in some]):
+        for name in self.class_names:  # Of pairs these are all captions.
+            found.update(repr(name).encode())
+        among = np.arange(self.count) if among is None else np.unique(among)
+        some = np.linspace(0, len(among) - 1, min(_SAMPLED, len(among))).astype(int)
+        for record in self.read([int(position) for position in among[some]]):
             # Not the salience, which `training.fit` does not compare.
             found.update(f"{record.label} {record.index} {len(record.encoded)} ".encode())
             found.update(record.encoded)

@@ -160,7 +160,8 @@ def identity(images: Images) -> bytes:
     held = [images]
     if isinstance(images, StoredImages):
         held = [images.places, images.added]
-        digest.update(images.source.fingerprint().encode())
+        stored = images.places[images.places < len(images.source)]
+        digest.update(images.source.fingerprint(stored).encode())
     for array in held:
         digest.update(np.ascontiguousarray(array))
     return digest.digest()

@@ -81,8 +81,9 @@ def _over(asked: "_Asked", near: Array, told: Array, mesh: Mesh | None) -> np.nd
     """[n] mean similarity in one modality to those who are near in the other."""
     count, devices = len(near), 1 if mesh is None else mesh.size
     at_once = devices * max(1, _AT_ONCE // count)
-    rows = lambda rows: rows  # noqa: E731
-    found = inference.over_set(asked, (near, told), rows, count, batch_size=at_once, mesh=mesh)
+    found = inference.over_set(
+        asked, (near, told), lambda rows: rows, count, batch_size=at_once, mesh=mesh
+    )
     return found.astype(np.float64)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxrobust import data, identity, parallel
+from jaxrobust import data, identity, parallel, processes
 from jaxrobust.attacks.inputs import check_steps
 from jaxrobust.data import stored_images
 from jaxrobust.data.stored_images import Images
@@ -211,7 +211,7 @@ def _split(recipe: Recipe, trust: Trust, loop: dict, score: Callable, key: jax.A
         choose = most_similar if loop["fallback"] else largest
         safe = choose(weights, scores, count)
     loop["last_split"] = epoch
-    trust = Trust(*map(parallel.from_first_process, (scores, weights, safe)))
+    trust = Trust(*map(processes.from_first_process, (scores, weights, safe)))
     if trust.safe.sum() < recipe.batch_size:
         warnings.warn(
             f"epoch {epoch}: {trust.safe.sum()} safe pairs are fewer than a batch of "

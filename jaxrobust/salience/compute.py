@@ -46,9 +46,10 @@ def compute(
         key: one typed key, for methods that draw.
         indices: [n] ids of the examples, which are folded into the key, so that a map does not
             depend on the others that are made with it; by default row numbers.
-        batch_size: images at a time, rounded up to a multiple of the devices; no more are on them.
+        batch_size: images at a time, rounded up to a multiple of the devices, which hold up to four
+            batches.
         mesh: this process's devices, over which a batch is spread; one device by default. With
-            several processes each one explains its share, and all get all scores.
+            several processes all must call it: each one explains its share and gets all scores.
         progress: show a progress bar.
 
     Returns:
@@ -121,6 +122,7 @@ def cached(
     """Maps from disk, after making those that are not there yet.
 
     Each fingerprint has a file of its own, so that maps of other weights are never taken for these.
+    With several processes all must call it, on one directory, since `compute` needs them all.
 
     Args:
         directory: of the cache; created.

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxrobust import checkpoint, identity, parallel
+from jaxrobust import checkpoint, identity, processes
 
 # All processes must save at the same step, and asking makes them wait.
 _ASK_EVERY = 50
@@ -58,14 +58,14 @@ class Saver:
 
     def is_due(self, position: int) -> bool:
         """Whether it is time for a checkpoint, by process 0's clock."""
-        if self.folder is None:
+        if self.folder is None or not position:
             return False
         if self._steps:
             return position % self._steps == 0
         if jax.process_count() > 1 and position % _ASK_EVERY:
             return False
         waited = time.monotonic() - self._saved
-        return parallel.agreed(waited > max(self._every, self._cost / _SAVING))
+        return processes.agreed(waited > max(self._every, self._cost / _SAVING))
 
     def save(self, position: int, tree: Any, loop: dict) -> None:
         """Saves, unless this very step is there already."""
