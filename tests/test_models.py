@@ -1,5 +1,6 @@
 """Models as values: sizes, inference, normalisation, taps, remat, bfloat16, config, bad input."""
 
+import functools
 import json
 
 import chex
@@ -95,17 +96,84 @@ def test_normalisation_is_the_models_own_first_line(name):
         models.vit(**VIT, pool="mean"),
         models.vit_preset("Ti/16"),
         models.autoencoder((28, 28, 1), latent="spatial"),
+        models.jpeg(50),
+        models.total_variation(0.2, 3),
     ],
 )
 def test_a_model_is_rebuilt_from_its_config_through_json(model):
     again = models.build(**json.loads(json.dumps(model.config)))
     assert again.config == model.config
     assert type(again) is type(model)
+    assert again == model
+    assert hash(again) == hash(model)
     shapes = [
         jax.eval_shape(lambda key, m=m: m.init(key, m.config.get("shape", (32, 32, 3))), KEY)
         for m in (model, again)
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_the_same_model_built_again_compiles_nothing():
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(apply, variables, x):
+        traced.append(apply)
+        return apply(variables, x)
+
+    def run(**config):
+        front = models.autoencoder((8, 8, 3), widths=(4,), latent_channels=2)
+        model = models.defend(front, None, models.small_cnn(**config), 2)
+        return model, logits(model.apply, model.init(KEY, (8, 8, 3)), images(2, 8, 8, 3))
+
+    first, expected = run(channels=(3,), strides=(2,))
+    init_traces = models.model._drawn._cache_size()
+    again, found = run(channels=[3], strides=[2])
+    assert again is not first
+    assert again == first
+    assert len(traced) == 1
+    assert models.model._drawn._cache_size() == init_traces
+    np.testing.assert_array_equal(found, expected)
+    other, _ = run(channels=(4,), strides=(2,))
+    assert other != first
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        models.defend(None, None, models.jpeg(50)),
+        models.defend(models.jpeg(50), 8, models.jpeg(50)),
+        models.defend(models.jpeg(51), None, models.jpeg(50)),
+        models.defend(models.jpeg(50), None, models.jpeg(50), frozen=()),
+        models.defend(models.jpeg(50), None, models.jpeg(50), 2),
+    ],
+)
+def test_what_is_composed_otherwise_is_another_model(other):
+    assert models.defend(models.jpeg(50), None, models.jpeg(50)) != other
+
+
+def test_a_module_without_a_hash_is_a_model_equal_to_itself_alone():
+    class Shifted(nn.Module):
+        shifts: list[float]
+
+        def __call__(self, x):
+            return x.mean((1, 2)) + self.shifts[0]
+
+    class Named(nn.Module):
+        shift: float
+
+        def __call__(self, x):
+            return x.mean((1, 2)) + self.shift
+
+    model, again = (models.from_linen(Shifted([0.5])) for _ in range(2))
+    logits = jax.jit(lambda apply, x: apply({}, x), static_argnums=0)
+    x = images(2, 4, 4, 3)
+    np.testing.assert_allclose(logits(model.apply, x), x.mean((1, 2)) + 0.5, rtol=1e-6)
+    assert model == model
+    assert model != again
+    assert models.from_linen(Named(0.5)) == models.from_linen(Named(0.5))
+    assert models.from_linen(Named(0.5)) != models.from_linen(Named(1.5))
 
 
 def numpy_group_norm(x, size, eps=1e-5):

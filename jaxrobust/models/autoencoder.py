@@ -1,7 +1,6 @@
 """Convolutional auto-encoder: an image to a latent code and back to an image in [0, 1]."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import (
     INFERENCE,
     Conv,
@@ -48,6 +48,9 @@ class AutoEncoder(NamedTuple):
 
     def __repr__(self) -> str:
         return shown(self)
+
+    def __hash__(self) -> int:
+        return hash(self.apply)
 
 
 @jax.custom_jvp
@@ -264,12 +267,12 @@ def autoencoder(
     )
     model = from_linen(module, name="autoencoder")
     return AutoEncoder(
-        init=partial(_init, model.init, tuple(shape)),
+        init=Bound(_init, model.init, tuple(shape)),
         apply=model.apply,
         train=model.train,
         config=model.config,
-        encode=partial(_encode, module),
-        decode=partial(_decode, module),
+        encode=Bound(_encode, module),
+        decode=Bound(_decode, module),
     )
 
 

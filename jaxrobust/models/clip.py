@@ -9,7 +9,6 @@ logits = zero_shot(clip, class_prototypes)(variables, x)
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from jaxrobust.losses import unit_rows
+from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import check_counts
 from jaxrobust.models.model import Model, Variables
 from jaxrobust.models.text import text_encoder
@@ -46,6 +46,9 @@ class Clip(NamedTuple):
     encode_text: Callable[..., Any]
     train: Callable[..., Any]
     config: dict[str, Any]
+
+    def __hash__(self) -> int:
+        return hash(self.encode_image)
 
 
 def clip(
@@ -108,10 +111,10 @@ def clip(
     parts = _Parts(tower, text_encoder(projection=dim, **options), dim, projection, length)
     own = {"name": "clip", "tower": tower.config, "dim": dim, "projection": projection}
     return Clip(
-        init=partial(_init, parts),
-        encode_image=partial(_encode_image, parts),
-        encode_text=partial(_encode_text, parts),
-        train=partial(_train, parts),
+        init=Bound(_init, parts),
+        encode_image=Bound(_encode_image, parts),
+        encode_text=Bound(_encode_text, parts),
+        train=Bound(_train, parts),
         config={**own, **options},
     )
 
@@ -142,14 +145,14 @@ class ZeroShot:
         return (logits, values) if taps else logits
 
     def __hash__(self) -> int:
-        """By the function that the model is, and the prototypes' shape."""
-        return hash((self.clip.encode_image, np.shape(self.prototypes)))
+        """By the model and the prototypes' shape."""
+        return hash((self.clip, np.shape(self.prototypes)))
 
     def __eq__(self, other: object) -> bool:
         """Whether both are the same model with the same prototypes."""
         if not isinstance(other, ZeroShot):
             return False
-        same = self.clip.encode_image is other.clip.encode_image
+        same = self.clip == other.clip
         return same and np.array_equal(self.prototypes, other.prototypes)
 
 

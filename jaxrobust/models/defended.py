@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from jaxrobust.models.autoencoder import AutoEncoder
+from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import check_choice, check_counts
 from jaxrobust.models.model import Model, Variables, images
 
@@ -82,9 +83,9 @@ def defend(
         check_choice("frozen", name, PARTS)
     parts = _Parts(preprocessor, resize, foundation, head, tap, tuple(frozen))
     return Model(
-        init=partial(_init, parts),
-        apply=partial(_apply, parts),
-        train=partial(_train, parts),
+        init=Bound(_init, parts),
+        apply=Bound(_apply, parts),
+        train=Bound(_train, parts),
         config={
             "name": "defended",
             "preprocessor": preprocessor and preprocessor.config,
@@ -148,14 +149,6 @@ class Features(NamedTuple):
         parts = self.defended.apply.args[0]._replace(head=None)
         tap = f"foundation.{parts.tap}"
         return flat(_apply(parts, variables, x, (tap,))[1][tap])
-
-    def __hash__(self) -> int:
-        """By the function that the model is."""
-        return hash(self.defended.apply)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both are the same model."""
-        return isinstance(other, Features) and self.defended.apply is other.defended.apply
 
 
 class _Parts(NamedTuple):

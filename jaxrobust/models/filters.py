@@ -4,7 +4,6 @@ They stand here because people ask, and because an attack that does not break th
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import check_counts
 from jaxrobust.models.model import Model, images
 
@@ -55,7 +55,7 @@ def jpeg(quality: int = 75) -> Model:
     check_counts(quality=quality)
     if quality > 100:
         raise ValueError(f"quality must be <= 100, got {quality}")
-    return _filter(partial(_jpeg, quality), {"name": "jpeg", "quality": quality})
+    return _filter({"name": "jpeg", "quality": quality}, _jpeg, quality)
 
 
 def total_variation(weight: float = 0.1, steps: int = 30) -> Model:
@@ -80,21 +80,39 @@ def total_variation(weight: float = 0.1, steps: int = 30) -> Model:
     if not weight >= 0:
         raise ValueError(f"weight must be >= 0, got {weight}")
     config = {"name": "total_variation", "weight": weight, "steps": steps}
-    return _filter(partial(_total_variation, weight, steps), config)
+    return _filter(config, _total_variation, weight, steps)
 
 
-def _filter(function: Any, config: dict[str, Any]) -> Model:
-    def apply(
-        variables: Any, x: ArrayLike, taps: Any = (), perturbations: Any = None, dtype: Any = None
-    ) -> Any:
-        if taps or perturbations:
-            raise ValueError(f"{config['name']} has no activations, got {taps or perturbations}")
-        return function(images(x))
+def _filter(config: dict[str, Any], *function: Any) -> Model:
+    filtered = Bound(*function)
+    return Model(
+        init=_init,
+        apply=Bound(_apply, config["name"], filtered),
+        train=Bound(_train, filtered),
+        config=config,
+    )
 
-    def train(variables: Any, x: ArrayLike, **options: Any) -> Any:
-        return function(images(x)), {}
 
-    return Model(init=lambda key, shape: {"params": {}}, apply=apply, train=train, config=config)
+def _init(key: Array, shape: Any) -> dict[str, Any]:
+    return {"params": {}}
+
+
+def _apply(
+    name: str,
+    filtered: Bound,
+    variables: Any,
+    x: ArrayLike,
+    taps: Any = (),
+    perturbations: Any = None,
+    dtype: Any = None,
+) -> Any:
+    if taps or perturbations:
+        raise ValueError(f"{name} has no activations, got {taps or perturbations}")
+    return filtered(images(x))
+
+
+def _train(filtered: Bound, variables: Any, x: ArrayLike, **options: Any) -> Any:
+    return filtered(images(x)), {}
 
 
 def _jpeg(quality: int, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -33,6 +33,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from jaxrobust import parallel
+from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import INFERENCE, Mode
 
 Variables = Mapping[str, Any]
@@ -41,7 +42,7 @@ MISFITS = (ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeParamShapeErro
 
 
 class Model(NamedTuple):
-    """A network as pure functions.
+    """A network as pure functions; equal to another whose functions are.
 
     Attributes:
         init: (key, shape=(h, w, c)) -> variables: {"params": ...} and, with BatchNorm,
@@ -62,6 +63,10 @@ class Model(NamedTuple):
 
     def __repr__(self) -> str:
         return shown(self)
+
+    def __hash__(self) -> int:
+        # Not of the config, which has no hash and follows from the functions.
+        return hash(self.apply)
 
 
 def shown(model: Any) -> str:
@@ -112,11 +117,11 @@ def from_linen(module: nn.Module, *, name: str | None = None, inputs: Inputs = I
     Returns:
         The model.
     """
-    call = functools.partial(_call, module, inputs)
+    call = Bound(_call, module, inputs)
     return Model(
-        init=initialiser(module, inputs),
-        apply=functools.partial(_apply, call),
-        train=functools.partial(_train, call),
+        init=Bound(_init, Bound(_draw, module, inputs), inputs),
+        apply=Bound(_apply, call),
+        train=Bound(_train, call),
         config=config_of(module, name),
     )
 
@@ -128,26 +133,26 @@ def config_of(module: nn.Module, name: str | None) -> dict[str, Any]:
     return {"name": name or type(module).__name__, **values}
 
 
-def initialiser(module: nn.Module, inputs: Inputs = IMAGES) -> Callable[..., dict]:
-    """(key, shape) -> variables, compiled: run eagerly, a large net's forward takes seconds."""
+def _init(draw: Callable[..., dict], inputs: Inputs, key: Array, shape: Sequence[int]) -> dict:
+    """Draw the variables for inputs of `shape`, (h, w, c) of images, from a typed key."""
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise ValueError(f"key must be typed, jax.random.key(0), got {key!r}")
+    whole = all(isinstance(n, int | np.integer) and n > 0 for n in shape)
+    if len(shape) != len(inputs.axes) or not whole:
+        axes = f"({', '.join(inputs.axes)}{',' * (len(inputs.axes) == 1)})"
+        raise ValueError(f"shape must be {axes}, integers > 0, got {shape}")
+    return dict(_drawn(draw, key, tuple(int(n) for n in shape)))
 
-    @functools.partial(jax.jit, static_argnames="shape")
-    def draw(key: Array, shape: tuple[int, ...]) -> dict:
-        mode = _mode_arguments(module, {}, INFERENCE)
-        return module.init(_quick_to_compile(key), jnp.zeros((1, *shape), inputs.dtype), **mode)
 
-    axes = f"({', '.join(inputs.axes)}{',' * (len(inputs.axes) == 1)})"
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _drawn(draw: Callable[..., dict], key: Array, shape: tuple[int, ...]) -> dict:
+    # Run eagerly, a large net's forward takes seconds.
+    return draw(key, shape)
 
-    def init(key: Array, shape: Sequence[int]) -> dict:
-        """Draw the variables for inputs of `shape`, (h, w, c) of images, from a typed key."""
-        if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-            raise ValueError(f"key must be typed, jax.random.key(0), got {key!r}")
-        whole = all(isinstance(n, int | np.integer) and n > 0 for n in shape)
-        if len(shape) != len(inputs.axes) or not whole:
-            raise ValueError(f"shape must be {axes}, integers > 0, got {shape}")
-        return dict(draw(key, tuple(int(n) for n in shape)))
 
-    return init
+def _draw(module: nn.Module, inputs: Inputs, key: Array, shape: tuple[int, ...]) -> dict:
+    mode = _mode_arguments(module, {}, INFERENCE)
+    return module.init(_quick_to_compile(key), jnp.zeros((1, *shape), inputs.dtype), **mode)
 
 
 def _quick_to_compile(key: Array) -> Array:
