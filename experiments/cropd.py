@@ -2,6 +2,7 @@
 
     python -m experiments.cropd                    # quick: emoji, one seed, PGD; minutes
     python -m experiments.cropd --preset laptop    # three sets and seeds, AutoAttack on two; hours
+    python -m experiments.cropd --preset confirm   # the lead alone, by what chose nothing; hours
     python -m experiments.cropd --preset paper     # CIFAR, SVHN, ImageNette, on accelerators
     python -m experiments.cropd --preset smoke     # seconds
 

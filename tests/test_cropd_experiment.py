@@ -460,7 +460,9 @@ def test_the_final_rows_of_a_preset_and_its_controls_are_among_its_methods(name)
 def test_the_splits_of_a_preset_are_those_of_its_sets(name):
     without_test = {"imagenette", "tiny_imagenet"}  # whose labels were never published
     for problem in PRESETS[name].problems.values():
-        assert problem.test_split == ("validation" if problem.dataset in without_test else "test")
+        # What confirms was not there when settings were chosen, on the test images.
+        unseen = name == "confirm" or problem.dataset in without_test
+        assert problem.test_split == ("validation" if unseen else "test")
         assert problem.train_split.partition("[")[0] == "train"
 
 
@@ -480,6 +482,16 @@ def test_the_noisy_step_begins_and_goes_where_the_problem_says(start, aim, monke
     assert {made["aim"], aim} == {"loss", "random"}
     experiment.objective_of(METHODS["recommended_eps"], problem, CONFIG, SHAPE)
     assert (made["a"].eps, made["aim"]) == (pytest.approx(EPS), aim)
+
+
+def test_what_confirms_changes_nothing_but_images_seeds_and_the_input_size():
+    confirm, laptop = PRESETS["confirm"], PRESETS["laptop"]
+    assert not set(confirm.seeds) & set(laptop.seeds)
+    for name, problem in confirm.problems.items():
+        changed = {"side": problem.side, "test_split": problem.test_split}
+        assert problem == dataclasses.replace(laptop.problems[name], **changed)
+    for name, method in confirm.methods.items():
+        assert method == laptop.methods[name]
 
 
 def test_sweeps_are_run_for_the_first_seed_alone():
