@@ -153,6 +153,8 @@ def test_it_can_be_built_again_after_json(name):
     clip, variables = made(name)
     again = models.build(**json.loads(json.dumps(clip.config)))
     assert again.config == clip.config
+    assert again == clip
+    assert hash(again) == hash(clip)
     found, expected = (jax.jit(c.encode_image)(variables, X) for c in (again, clip))
     np.testing.assert_array_equal(found, expected)
     like = jax.eval_shape(lambda: again.init(KEY, (16, 16, 3)))
