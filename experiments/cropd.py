@@ -13,8 +13,8 @@ for the final rows AutoAttack's standard suite together with attacks on the code
 BPDA and transfer, per-example worst case (cut-outs by PGD alone). "Non-adaptive" is an attack on
 the bare model, shown to say how little it says. A run that is stopped goes on.
 
-To expect of the laptop preset, on an EPYC's core: 8 to 18 minutes a row, fine-tuning half an hour;
-worst case on the emoji 0 % bare, 47 behind the denoiser, 54 behind ours, 66 fine-tuned; on MNIST-5k
+To expect of the laptop preset, on an EPYC's core: 1 to 25 minutes a row, fine-tuning 8 to 27; worst
+case on the emoji 0 % bare, 47 behind the denoiser, 54 behind ours, 66 fine-tuned; on MNIST-5k
 0, 48, 59 and 83.
 """
 

@@ -195,7 +195,6 @@ PRESETS = {
         final=CLAIM, seeds=(3, 4, 5), attacked_images=124,
     ),
     "paper": Config(
-        methods={name: METHODS[name] for name in METHODS if not name.endswith("_eps")},
         problems={
             "cifar10": CIFAR,
             "cifar100": dataclasses.replace(CIFAR, dataset="cifar100"),

@@ -279,7 +279,8 @@ def frontier(path: Path) -> None:
             named = judged or plain
             if not named:  # a sweep beside what was judged: where it lies says enough
                 style["color"] = "0.7"
-            axis.errorbar(np.mean(clean), np.mean(robust), np.std(robust), np.std(clean), **style)
+            bars = [np.std(seeds, ddof=1) if len(seeds) > 1 else None for seeds in (robust, clean)]
+            axis.errorbar(np.mean(clean), np.mean(robust), *bars, **style)
             if named:
                 axis.annotate(method, (np.mean(clean), np.mean(robust)), fontsize=6)
         axis.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=dataset)

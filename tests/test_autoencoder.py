@@ -110,6 +110,11 @@ def test_patches_of_two_cost_less_than_half_of_the_operations():
         (lambda m, v: m.encode(v, jnp.zeros((1, 8, 9, 1))), r"x must be \[b, 8, 8, 1\]"),
         (lambda m, v: m.encode(v, jnp.zeros((1, 8, 8, 1), jnp.uint8)), "x must be float"),
         (lambda m, v: m.decode(v, jnp.zeros((1, 13))), r"latent must be float \[b, 12\]"),
+        (
+            lambda m, v: m.encode({"params": {}}, jnp.zeros((1, 8, 8, 1))),
+            "variables must be .*of a",
+        ),
+        (lambda m, v: m.decode({"params": {}}, jnp.zeros((1, 12))), "variables must be .*of a"),
         (lambda m, v: m.init(KEY, (9, 9, 1)), r"shape must be \(8, 8, 1\)"),
         (lambda m, v: models.autoencoder((8, 8)), r"shape must be \(h, w, c\)"),
         (lambda m, v: models.autoencoder(latent="vector"), "latent must be one of flat, spatial"),

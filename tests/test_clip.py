@@ -155,6 +155,8 @@ def test_it_can_be_built_again_after_json(name):
     assert again.config == clip.config
     assert again == clip
     assert hash(again) == hash(clip)
+    assert repr(again) == repr(clip)
+    assert repr(clip).startswith("Clip(name='clip', tower=")
     found, expected = (jax.jit(c.encode_image)(variables, X) for c in (again, clip))
     np.testing.assert_array_equal(found, expected)
     like = jax.eval_shape(lambda: again.init(KEY, (16, 16, 3)))

@@ -330,3 +330,5 @@ def test_the_recommended_step_goes_far_out_of_the_ball_and_rebuilds_the_image():
     for name in ("eps", "radius"):
         with pytest.raises(ValueError, match=f"{name} must be > 0, got 0"):
             cropd.recommended(**{"eps": 0.1, name: 0})
+    with pytest.raises(ValueError, match=r"eps must be in the unit of the images.* got 8"):
+        cropd.recommended(8)

@@ -112,6 +112,17 @@ def test_a_saved_configuration_makes_the_same_model_again(variables):
     np.testing.assert_array_equal(same, DEFENDED.apply(variables, IMAGES))
 
 
+def test_weights_behind_a_filter_that_has_none_come_back_from_their_file(tmp_path):
+    path, model = tmp_path / "weights.safetensors", models.defend(models.jpeg(75), None, FOUNDATION)
+    made = model.init(jax.random.key(0), SHAPE)
+    checkpoint.save_weights(path, made)
+    loaded = checkpoint.load_weights(path)
+    np.testing.assert_array_equal(model.apply(loaded, IMAGES), model.apply(made, IMAGES))
+    np.testing.assert_array_equal(model.train(loaded, IMAGES)[0], model.train(made, IMAGES)[0])
+    with pytest.raises(ValueError, match="variables must hold a preprocessor, got foundation"):
+        models.defend(PREPROCESSOR, None, FOUNDATION).apply(loaded, IMAGES)
+
+
 def with_features(variables, count):
     head = variables["params"]["head"]
     own = {"params": {**head, "kernel": np.resize(head["kernel"], (count, CLASSES))}}

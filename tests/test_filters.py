@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 
 from jaxrobust import attacks, data, models, parallel
+from jaxrobust.models.filters import quantisation
 
 MESH = parallel.data_mesh(2)
 PHOTOS = data.foolbox_photos("cifar10").images[:4]
@@ -23,6 +24,15 @@ def by_pillow(image, quality):
     picture.save(stream, "JPEG", quality=quality, subsampling=0)
     found = np.asarray(PIL.Image.open(stream), np.float32) / 255
     return found[..., None] if grey else found
+
+
+def test_steps_are_libjpegs_at_every_quality():
+    for quality in range(1, 101):
+        stream = io.BytesIO()
+        PIL.Image.new("RGB", (8, 8)).save(stream, "JPEG", quality=quality)
+        expected = PIL.Image.open(stream).quantization
+        for place, table in enumerate(quantisation(quality)):
+            np.testing.assert_array_equal(table.ravel(), expected[place], err_msg=f"{quality}")
 
 
 @pytest.mark.parametrize("quality", [20, 75, 95])
@@ -92,7 +102,9 @@ def test_total_variation_leaves_constants_alone_and_has_a_gradient():
         ("x must have 1 or 3", lambda: models.jpeg(50).apply({}, np.zeros((1, 8, 8, 2)))),
         ("weight must be", lambda: models.total_variation(-0.1)),
         ("steps must be", lambda: models.total_variation(0.1, 0)),
+        ("weight must be", lambda: models.total_variation(float("inf"))),
         ("has no activations", lambda: models.jpeg(50).apply({}, PHOTOS, taps=("latent",))),
+        ("has no activations", lambda: models.jpeg(50).train({}, PHOTOS, taps=("latent",))),
     ],
 )
 def test_bad_arguments_are_refused(message, call):

@@ -1,7 +1,9 @@
 """Models as values: sizes, inference, normalisation, taps, remat, bfloat16, config, bad input."""
 
+import dataclasses
 import functools
 import json
+from typing import Any
 
 import chex
 import jax
@@ -12,7 +14,9 @@ import pytest
 from flax import linen as nn
 
 from jaxrobust import models, parallel, training
+from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import GroupNorm
+from jaxrobust.models.vit import hidden_width
 
 KEY = jax.random.key(0)
 # SiLU, so that finite differences meet no kink.
@@ -174,6 +178,109 @@ def test_a_module_without_a_hash_is_a_model_equal_to_itself_alone():
     assert model != again
     assert models.from_linen(Named(0.5)) == models.from_linen(Named(0.5))
     assert models.from_linen(Named(0.5)) != models.from_linen(Named(1.5))
+    # 2 and 2.0 are equal, and what is computed with them may be of another type.
+    assert models.from_linen(Named(2)) != models.from_linen(Named(2.0))
+    assert models.from_linen(Named(2.0)) != models.from_linen(Named(np.float32(2)))
+
+
+OUTSIDE = {"sign": 1.0}
+
+
+class ReadsOutside(nn.Module):
+    def __post_init__(self):
+        self.sign = OUTSIDE["sign"]
+        super().__post_init__()
+
+    def __call__(self, x):
+        return self.sign * x.mean((1, 2))
+
+
+class HidesAField(nn.Module):
+    sign: float = dataclasses.field(compare=False)
+
+    def __call__(self, x):
+        return self.sign * x.mean((1, 2))
+
+
+class Holds(nn.Module):
+    inner: nn.Module
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda sign: ReadsOutside(),
+        HidesAField,
+        lambda sign: Holds(ReadsOutside()),
+        lambda sign: Holds(HidesAField(sign)),
+        lambda sign: nn.Sequential((HidesAField(sign),)),
+    ],
+)
+def test_modules_that_look_alike_to_flax_and_are_not_are_compiled_apart(module, monkeypatch):
+    x = images(2, 4, 4, 3)
+    logits = jax.jit(lambda apply, x: apply({}, x), static_argnums=0)
+    for sign in (1.0, -1.0):
+        monkeypatch.setitem(OUTSIDE, "sign", sign)
+        found = logits(models.from_linen(module(sign)).apply, x)
+        np.testing.assert_allclose(found, sign * x.mean((1, 2)), rtol=1e-6)
+
+
+def test_a_module_inside_another_is_part_of_what_makes_it_equal():
+    one, same, other = (models.from_linen(Holds(nn.Dense(n))) for n in (2, 2, 3))
+    kernels = [models.from_linen(Holds(nn.Dense(2, name=name))) for name in ("a", "b")]
+    # Flax makes Dense's own draw once, so that two of the same size are equal.
+    assert one == same
+    assert one != other
+    assert kernels[0] != kernels[1]
+
+
+def test_what_is_bound_to_what_is_bound_is_equal_whatever_was_asked_before():
+    inner = Bound(max, 1)
+    first = Bound(inner, 2)
+    hash(inner)
+    assert first == Bound(inner, 2)
+    assert first() == 2
+
+
+def test_numbers_of_numpy_are_a_configurations_own():
+    class Scaled(nn.Module):
+        count: Any
+        mean: Any
+
+        def __call__(self, x):
+            return self.count * x.mean((1, 2))
+
+    config = models.from_linen(Scaled(np.int64(3), tuple(np.float32([0.5, 0.25])))).config
+    expected = {"name": "Scaled", "count": 3, "mean": [0.5, 0.25]}
+    assert json.loads(json.dumps(config)) == expected
+
+
+def test_a_configuration_tells_long_tables_apart():
+    class Table(nn.Module):
+        values: np.ndarray
+
+        def __call__(self, x):
+            return x.mean((1, 2)) * self.values.sum()
+
+    table = np.zeros(3000)
+    other = table.copy()
+    other[1500] = 1
+    made, again, differs = (
+        models.from_linen(Table(values)).config for values in (table, table.copy(), other)
+    )
+    assert made == again != differs
+    json.dumps(made)
+
+
+def test_a_hidden_width_survives_being_told_as_a_ratio():
+    # 896 * (1840 / 896) is 1839.99... in floating point.
+    for width in (192, 768, 896, 1152, 1408, 1664):
+        for hidden in range(1, 8 * width, 7):
+            assert hidden_width(width, hidden / width) == hidden
+    assert hidden_width(10, 2.67) == 26
 
 
 def numpy_group_norm(x, size, eps=1e-5):
@@ -399,7 +506,12 @@ FLAT = {"params": {}}
         (lambda: models.small_cnn(norm="layer"), "norm must be one of batch, group, none"),
         (lambda: models.small_cnn(activation="swish"), "activation must be one of relu"),
         (lambda: models.small_cnn(strides=(2,)), "strides must have 2 entries"),
-        (lambda: models.small_cnn(std=(0.0,)), "std be > 0"),
+        (lambda: models.small_cnn(std=(0.0,)), r"std must be finite numbers, > 0, .*got \(0.0,\)"),
+        (lambda: models.small_cnn(std=(1.0, float("nan"))), "std must be finite numbers, > 0"),
+        (lambda: models.small_cnn(mean=()), "mean must be finite numbers"),
+        (lambda: models.vit(registers=-1), "registers must be an integer >= 0, got -1"),
+        (lambda: models.vit(norm_eps=float("nan")), "norm_eps must be > 0 and finite, got nan"),
+        (lambda: models.vit(mlp_ratio=float("nan")), "mlp_ratio must be >= 1 / width and finite"),
         (lambda: models.preact_resnet(widths=(8,)), "widths must have 4 entries"),
         (lambda: models.vit(width=10, heads=3), "width must be a multiple of heads"),
         (lambda: models.vit_preset("XL/16"), "size must be one of Ti, S, B, L"),

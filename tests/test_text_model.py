@@ -191,7 +191,7 @@ def test_it_can_be_built_again():
         ("activation must be one of", lambda: models.text_encoder(**SIZE, activation="swish")),
         ("end must be an id below vocabulary = 12, got 12",
          lambda: models.text_encoder(**SIZE, end=12)),
-        ("norm_eps > 0", lambda: models.text_encoder(**SIZE, norm_eps=0.0)),
+        ("norm_eps must be > 0", lambda: models.text_encoder(**SIZE, norm_eps=0.0)),
         ("mlp_ratio must be", lambda: models.text_encoder(**SIZE, mlp_ratio=0.01)),
         ("tokens must have at most 6 columns, got 7",
          lambda: ENCODER.apply(VARIABLES, np.zeros((1, 7), np.int32))),

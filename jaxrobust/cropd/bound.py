@@ -110,7 +110,7 @@ def bound_report(
     keys = example_keys(key, len(images))
     look = partial(_look, defended.apply, taps)
     loss_fn = LossOfModel(defended.apply)
-    size = parallel.rounded(batch_size, mesh)
+    size = parallel.rounded(min(batch_size, len(images)), mesh)
     variables = parallel.replicate(variables, mesh)
     parts = []
     for rows in inference.filled(np.arange(len(images)), size):

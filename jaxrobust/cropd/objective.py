@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxrobust import losses
 from jaxrobust.attacks import n_fgsm
-from jaxrobust.attacks.inputs import check_number
+from jaxrobust.attacks.inputs import check_eps, check_number
 from jaxrobust.attacks.value import Number
 from jaxrobust.keys import fold
 from jaxrobust.training import Context, Objective
@@ -150,9 +150,12 @@ def recommended(
         bounds: of the images' values.
 
     Raises:
-        ValueError: as `n_fgsm` and `robust_autoencoder`; eps or radius <= 0.
+        ValueError: as `n_fgsm` and `robust_autoencoder`; eps or radius <= 0, or an eps beyond the
+            images' values.
     """
     check_number("eps", eps, low=0, strict=True)
+    if bounds is not None:
+        check_eps(eps, "linf", bounds)
     check_number("radius", radius, low=0, strict=True)
     attack = n_fgsm(radius * eps, noise=noise, start=start, bounds=bounds)
     weights = Weights(clean=0.0, contrast=0.0, denoising=1.0)

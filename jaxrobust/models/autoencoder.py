@@ -22,7 +22,7 @@ from jaxrobust.models.layers import (
     norm_layer,
     normalise,
 )
-from jaxrobust.models.model import Variables, from_linen, images, shown
+from jaxrobust.models.model import MISFITS, Variables, from_linen, images, misfit, shown
 from jaxrobust.models.resnet import PreActBlock
 
 
@@ -288,7 +288,7 @@ def _init(
 
 
 def _encode(module: ConvAutoEncoder, variables: Variables, x: ArrayLike) -> Array:
-    return module.apply(variables, images(x), method="encode")
+    return _half(module, "encode", variables, images(x))
 
 
 def _decode(module: ConvAutoEncoder, variables: Variables, latent: ArrayLike) -> Array:
@@ -300,7 +300,14 @@ def _decode(module: ConvAutoEncoder, variables: Variables, latent: ArrayLike) ->
     if latent.shape[1:] != expected or not jnp.issubdtype(latent.dtype, jnp.floating):
         got = f"shape {latent.shape} of {latent.dtype}"
         raise ValueError(f"latent must be float [b, {_commas(expected)}], got {got}")
-    return module.apply(variables, latent, method="decode")
+    return _half(module, "decode", variables, latent)
+
+
+def _half(module: ConvAutoEncoder, name: str, variables: Variables, x: Array) -> Array:
+    try:
+        return module.apply(variables, x, method=name)
+    except MISFITS as error:
+        raise misfit(module, x, error) from error
 
 
 def _commas(numbers: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jaxrobust.losses import unit_rows
 from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import check_counts
-from jaxrobust.models.model import Model, Variables
+from jaxrobust.models.model import Model, Variables, jsonable, shown
 from jaxrobust.models.text import text_encoder
 
 LOGIT_SCALE = math.log(1 / 0.07)  # where training starts, Radford et al. 2021, section 2.5
@@ -46,6 +46,9 @@ class Clip(NamedTuple):
     encode_text: Callable[..., Any]
     train: Callable[..., Any]
     config: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def __hash__(self) -> int:
         return hash(self.encode_image)
@@ -109,13 +112,13 @@ def clip(
         "remat": remat,
     }
     parts = _Parts(tower, text_encoder(projection=dim, **options), dim, projection, length)
-    own = {"name": "clip", "tower": tower.config, "dim": dim, "projection": projection}
+    own = {"name": "clip", "tower": tower.config, "dim": int(dim), "projection": projection}
     return Clip(
         init=Bound(_init, parts),
         encode_image=Bound(_encode_image, parts),
         encode_text=Bound(_encode_text, parts),
         train=Bound(_train, parts),
-        config={**own, **options},
+        config={**own, **{name: jsonable(value) for name, value in options.items()}},
     )
 
 

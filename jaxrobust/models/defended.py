@@ -135,6 +135,15 @@ def part(variables: Variables, name: str) -> dict[str, Any]:
     return {kind: variables.get(kind, {}).get(name, {}) for kind in _KINDS}
 
 
+def _own(variables: Variables, name: str, model: Any, x: Array) -> dict[str, Any]:
+    """The variables of one part; a filter has none, and a file of weights no place for none."""
+    if name not in variables["params"]:
+        drawn = jax.eval_shape(lambda: model.init(jax.random.key(0), x.shape[1:]))
+        if not jax.tree.leaves(drawn):
+            return {kind: {} for kind in _KINDS}
+    return part(variables, name)
+
+
 class Features(NamedTuple):
     """What the head of a defended model sees; equal for the same model, so that it compiles once.
 
@@ -209,7 +218,7 @@ def _apply(
         nudges = _under(name, perturbations)
         # A model of one's own need not know of compute types.
         options = {} if dtype is None else {"dtype": dtype}
-        out = model.apply(part(variables, name), x, tuple(wanted), nudges, **options)
+        out = model.apply(_own(variables, name, model, x), x, tuple(wanted), nudges, **options)
         return out if wanted else (out, {})
 
     logits, values = _compose(parts, variables, images(x), taps, run)
@@ -229,7 +238,7 @@ def _train(
     stats = dict(variables.get("batch_stats", {}))
 
     def run(name: str, model: Any, x: Array, wanted: Sequence[str]) -> tuple[Array, dict]:
-        own = part(variables, name)
+        own = _own(variables, name, model, x)
         if name in parts.frozen:
             out = model.apply(jax.lax.stop_gradient(own), x, tuple(wanted))
             return out if wanted else (out, {})

@@ -4,13 +4,14 @@ They stand here because people ask, and because an attack that does not break th
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import check_counts
@@ -55,7 +56,7 @@ def jpeg(quality: int = 75) -> Model:
     check_counts(quality=quality)
     if quality > 100:
         raise ValueError(f"quality must be <= 100, got {quality}")
-    return _filter({"name": "jpeg", "quality": quality}, _jpeg, quality)
+    return _filter("jpeg", _jpeg, quality=int(quality))
 
 
 def total_variation(weight: float = 0.1, steps: int = 30) -> Model:
@@ -77,19 +78,18 @@ def total_variation(weight: float = 0.1, steps: int = 30) -> Model:
     Source: Rudin et al. 1992; Chambolle 2004, eq. 9, with the projected step of Chambolle 2005.
     """
     check_counts(steps=steps)
-    if not weight >= 0:
-        raise ValueError(f"weight must be >= 0, got {weight}")
-    config = {"name": "total_variation", "weight": weight, "steps": steps}
-    return _filter(config, _total_variation, weight, steps)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be >= 0 and finite, got {weight}")
+    return _filter("total_variation", _total_variation, weight=float(weight), steps=int(steps))
 
 
-def _filter(config: dict[str, Any], *function: Any) -> Model:
-    filtered = Bound(*function)
+def _filter(name: str, function: Callable[..., Array], **options: int | float) -> Model:
+    filtered = Bound(function, **options)
     return Model(
         init=_init,
-        apply=Bound(_apply, config["name"], filtered),
-        train=Bound(_train, filtered),
-        config=config,
+        apply=Bound(_apply, name, filtered),
+        train=Bound(_train, name, filtered),
+        config={"name": name, **options},
     )
 
 
@@ -111,11 +111,20 @@ def _apply(
     return filtered(images(x))
 
 
-def _train(filtered: Bound, variables: Any, x: ArrayLike, **options: Any) -> Any:
-    return filtered(images(x)), {}
+def _train(
+    name: str,
+    filtered: Bound,
+    variables: Any,
+    x: ArrayLike,
+    *,
+    axis_name: Any = None,
+    dtype: Any = None,
+    taps: Any = (),
+) -> Any:
+    return _apply(name, filtered, variables, x, taps), {}
 
 
-def _jpeg(quality: int, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def _jpeg(x: Float[Array, "b h w c"], *, quality: int) -> Float[Array, "b h w c"]:
     b, h, w, c = x.shape
     if c not in (1, 3):
         raise ValueError(f"x must have 1 or 3 channels, got shape {x.shape}")
@@ -125,9 +134,7 @@ def _jpeg(quality: int, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     if c == 3:
         planes = jnp.matmul(planes, _TO_YCC.T.astype(x.dtype), **exact)
         planes = jnp.round(planes + jnp.array([0, 128, 128], x.dtype))
-    scale = 5000 / quality if quality < 50 else 200 - 2 * quality
-    tables = np.stack([_LUMINANCE, _CHROMINANCE, _CHROMINANCE][:c])
-    tables = np.clip(np.floor((tables * scale + 50) / 100), 1, 255).astype(x.dtype)
+    tables = quantisation(quality)[[0, 1, 1][:c]].astype(x.dtype)
     rows, columns = planes.shape[1] // _BLOCK, planes.shape[2] // _BLOCK
     blocks = (planes - 128).reshape(b, rows, _BLOCK, columns, _BLOCK, c)
     wave = _cosines().astype(x.dtype)
@@ -142,6 +149,12 @@ def _jpeg(quality: int, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return jnp.clip(planes / 255, 0, 1)[:, :h, :w]
 
 
+def quantisation(quality: int) -> Int[np.ndarray, "2 8 8"]:
+    """The steps of brightness and of colour by frequency, in integers as libjpeg computes them."""
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    return np.clip((np.stack([_LUMINANCE, _CHROMINANCE]) * scale + 50) // 100, 1, 255)
+
+
 def _cosines() -> np.ndarray:
     """The orthonormal DCT-II matrix, [frequency, place]."""
     place, frequency = np.arange(_BLOCK), np.arange(_BLOCK)[:, None]
@@ -151,7 +164,7 @@ def _cosines() -> np.ndarray:
 
 
 def _total_variation(
-    weight: float, steps: int, x: Float[Array, "b h w c"]
+    x: Float[Array, "b h w c"], *, weight: float, steps: int
 ) -> Float[Array, "b h w c"]:
     if weight == 0:
         return x

@@ -76,8 +76,11 @@ def normalise(
 
 def check_common(*, mean: Sequence[float], std: Sequence[float], **choices: str) -> None:
     """Raise on a bad `mean`, `std`, `activation` or `norm`, before anything is built."""
-    if len(mean) == 0 or len(std) == 0 or min(std) <= 0:
-        raise ValueError(f"mean and std must have entries and std be > 0, got {mean} and {std}")
+    for name, values, low in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        flat = np.ndim(values) == 1 and len(values) > 0
+        if not flat or not all(low < value < math.inf for value in values):
+            kind = "finite numbers" + ", > 0" * (name == "std")
+            raise ValueError(f"{name} must be {kind}, one or one per channel, got {values}")
     for name, known in (("activation", tuple(ACTIVATIONS)), ("norm", NORMS)):
         check_choice(name, choices.get(name, known[0]), known)
 

@@ -32,7 +32,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
-from jaxrobust import parallel
+from jaxrobust import identity, parallel
 from jaxrobust.models.bound import Bound
 from jaxrobust.models.layers import INFERENCE, Mode
 
@@ -127,9 +127,9 @@ def from_linen(module: nn.Module, *, name: str | None = None, inputs: Inputs = I
 
 
 def config_of(module: nn.Module, name: str | None) -> dict[str, Any]:
-    """{"name": ..., field: value, ...}, JSON-able: tuples as lists, what JSON lacks as repr."""
+    """{"name": ..., field: value, ...}, each `jsonable`."""
     fields = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
-    values = {field: _jsonable(getattr(module, field)) for field in fields}
+    values = {field: jsonable(getattr(module, field)) for field in fields}
     return {"name": name or type(module).__name__, **values}
 
 
@@ -234,11 +234,7 @@ def _call(
             "its rate to 0"
         ) from error
     except MISFITS as error:
-        why = str(error).partition(" (http")[0]
-        raise ValueError(
-            f'variables must be {{"params": ...}} of a {type(module).__name__} for inputs of shape '
-            f"{x.shape[1:]}: {why}"
-        ) from error
+        raise misfit(module, x, error) from error
     out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
     found = {".".join(path[:-1]): a for path, a in flatten_dict(state.get(_TAPS, {})).items()}
     _check_known("taps", taps, found)
@@ -248,6 +244,15 @@ def _call(
         # Of one device alone, which `shard_map` cannot see.
         stats = parallel.mean(stats, mode.axis_name)
     return out, stats, {name: found[name] for name in taps}
+
+
+def misfit(module: nn.Module, x: Array, error: Exception) -> ValueError:
+    """What to say of variables that are not the module's, of one of Flax's `MISFITS`."""
+    why = str(error).partition(" (http")[0]
+    return ValueError(
+        f'variables must be {{"params": ...}} of a {type(module).__name__} for inputs of shape '
+        f"{x.shape[1:]}: {why}"
+    )
 
 
 def _mode_arguments(module: nn.Module, variables: Variables, mode: Mode) -> dict[str, Any]:
@@ -297,7 +302,12 @@ def _check_known(argument: str, names: Iterable[str], found: Mapping[str, Any]) 
         raise ValueError(f"{argument} must be among {', '.join(found)}; got {', '.join(unknown)}")
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """A setting as JSON: tuples as lists, arrays by their digest, what JSON lacks as repr."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray | jax.Array):
+        return identity.digest(value)
     if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
+        return [jsonable(v) for v in value]
     return value if isinstance(value, str | int | float | bool | None) else repr(value)

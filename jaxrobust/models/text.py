@@ -22,7 +22,7 @@ from jaxrobust.models.layers import (
     check_counts,
 )
 from jaxrobust.models.model import Inputs, Model, from_linen
-from jaxrobust.models.vit import Draws, EncoderBlock
+from jaxrobust.models.vit import Draws, EncoderBlock, check_transformer, hidden_width
 
 
 class TextTransformer(nn.Module):
@@ -46,7 +46,7 @@ class TextTransformer(nn.Module):
         x = self._embedded(tokens, mode)
         block = {
             "heads": self.heads,
-            "hidden": int(self.width * self.mlp_ratio),
+            "hidden": hidden_width(self.width, self.mlp_ratio),
             "activation": self.activation,
             "norm_eps": self.norm_eps,
             "causal": True,
@@ -155,20 +155,15 @@ def text_encoder(
 
     Raises:
         ValueError: a count is not an integer >= 1, `width` is not a multiple of `heads`, `end` is
-            no id of the vocabulary, or norm_eps <= 0.
+            no id of the vocabulary, or mlp_ratio or norm_eps is not finite and > 0.
 
     Source: Radford et al. 2021, section 2.4.
     """
     check_common(mean=(0.0,), std=(1.0,), activation=activation)
     check_counts(vocabulary=vocabulary, projection=projection, length=length)
     check_counts(width=width, depth=depth, heads=heads)
-    if width % heads:
-        raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
-    if width * mlp_ratio < 1 or norm_eps <= 0:
-        raise ValueError(
-            f"mlp_ratio must be >= 1 / width, norm_eps > 0, got {mlp_ratio} and {norm_eps}"
-        )
-    if end is not None and not 0 <= end < vocabulary:
+    check_transformer(width, heads, mlp_ratio, norm_eps)
+    if end is not None and end not in range(vocabulary):
         raise ValueError(f"end must be an id below vocabulary = {vocabulary}, got {end}")
     module = TextTransformer(
         vocabulary=vocabulary,

@@ -86,7 +86,7 @@ def load_image_tower(
             the attention pools of CLIP's ResNets; 16 in H, g and bigG).
         activation: "gelu" or "quick_gelu"; needed for CLIP's ViTs, in OpenCLIP's layout and in
             timm's, where OpenAI's weights want the latter and LAION's the former. That of timm's
-            others and DINOv2's is "gelu".
+            others and DINOv2's is "gelu"; CLIP's ResNets have ReLU, whatever is said here.
         size: side of the images, a multiple of the patch, or of 32; None is that of the file.
             Positions are interpolated bicubically (jax.image.resize, not quite PyTorch's kernel).
         mean: subtracted from the images. None is CLIP's for OpenCLIP's layout and ImageNet's for

@@ -1,10 +1,12 @@
 """Vision transformer: patches, a class token or a mean, attention maps as taps."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -156,7 +158,7 @@ class ViT(nn.Module):
             x = LayerNorm(self.norm_eps, name="norm_pre")(x, mode)
         block: dict[str, Any] = {
             "heads": self.heads,
-            "hidden": int(self.width * self.mlp_ratio),
+            "hidden": hidden_width(self.width, self.mlp_ratio),
             "activation": self.activation,
             "norm_eps": self.norm_eps,
             "layer_scale": self.layer_scale,
@@ -197,6 +199,21 @@ class ViT(nn.Module):
             token = row(self.param("cls_token", zeros, (1, 1, width), jnp.float32))
             parts.insert(0, token + position[:, : length - count].sum(1, keepdims=True))
         return jnp.concatenate(parts, axis=1)
+
+
+def hidden_width(width: int, mlp_ratio: float) -> int:
+    """The MLP's hidden width: rounded down, as timm's, but not for the last digit of a quotient."""
+    return math.floor(width * mlp_ratio + 1e-6)
+
+
+def check_transformer(width: int, heads: int, mlp_ratio: float, norm_eps: float) -> None:
+    """Raise ValueError where the numbers of a transformer do not fit."""
+    if width % heads:
+        raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
+    if not 1 <= width * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio must be >= 1 / width and finite, got {mlp_ratio}")
+    if not 0 < norm_eps < math.inf:
+        raise ValueError(f"norm_eps must be > 0 and finite, got {norm_eps}")
 
 
 def _check_patches(shape: tuple[int, ...], patch: int) -> None:
@@ -254,8 +271,8 @@ def vit(
         A Model; taps: tokens, blocks.0, blocks.0.attn.maps [b, heads, n, n], ..., features, head.
 
     Raises:
-        ValueError: a count is not an integer >= 1, `width` is not a multiple of `heads`, registers
-            < 0 or norm_eps <= 0.
+        ValueError: a count is not an integer >= 1 (registers: >= 0), `width` is not a multiple of
+            `heads`, or mlp_ratio or norm_eps is not finite and > 0.
 
     Source: Dosovitskiy et al. 2021.
     """
@@ -264,12 +281,9 @@ def vit(
     check_counts(patch=patch, width=width, depth=depth, heads=heads)
     optional = {"classes": classes, "projection": projection}
     check_counts(**{name: n for name, n in optional.items() if n is not None})
-    if registers < 0 or norm_eps <= 0:
-        raise ValueError(f"registers must be >= 0, norm_eps > 0, got {registers} and {norm_eps}")
-    if width % heads:
-        raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
-    if width * mlp_ratio < 1:
-        raise ValueError(f"mlp_ratio must be >= 1 / width, got {mlp_ratio}")
+    if not isinstance(registers, int | np.integer) or registers < 0:
+        raise ValueError(f"registers must be an integer >= 0, got {registers!r}")
+    check_transformer(width, heads, mlp_ratio, norm_eps)
     module = ViT(
         patch=patch,
         width=width,
