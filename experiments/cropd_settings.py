@@ -185,11 +185,15 @@ PRESETS = {
         pgd_steps=20,
     ),
     "laptop": Config(),
-    # The lead again where nothing was chosen: other images, other seeds, the model's input larger.
+    # The lead again where nothing was chosen: other images and seeds, and a larger input of the
+    # model. At its own size PGD alone says whether size or images make a difference.
     "confirm": Config(
         problems={
-            name: dataclasses.replace(PROBLEMS[name], side=96, test_split="validation")
-            for name in ("emoji", "mnist5k")
+            "emoji": dataclasses.replace(PROBLEMS["emoji"], test_split="validation", judged=False),
+            **{
+                f"{name}_96": dataclasses.replace(PROBLEMS[name], test_split="validation", side=96)
+                for name in ("emoji", "mnist5k")
+            },
         },
         methods={name: METHODS[name] for name in CLAIM},
         final=CLAIM, seeds=(3, 4, 5), attacked_images=124,

@@ -488,8 +488,9 @@ def test_what_confirms_changes_nothing_but_images_seeds_and_the_input_size():
     confirm, laptop = PRESETS["confirm"], PRESETS["laptop"]
     assert not set(confirm.seeds) & set(laptop.seeds)
     for name, problem in confirm.problems.items():
-        changed = {"side": problem.side, "test_split": problem.test_split}
-        assert problem == dataclasses.replace(laptop.problems[name], **changed)
+        changed = {name: getattr(problem, name) for name in ("side", "test_split", "judged")}
+        assert problem == dataclasses.replace(laptop.problems[problem.dataset], **changed)
+        assert (problem.side == 96) == problem.judged == name.endswith("_96")
     for name, method in confirm.methods.items():
         assert method == laptop.methods[name]
 
